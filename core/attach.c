@@ -1,0 +1,577 @@
+/* attach.c - a segment's life: create, attach, fork, detach, unlink; and who is alive.
+ * A segment is created complete or not at all. Every attachment holds a kernel lock on its slot's byte through a pinned
+ * page, which the kernel drops at death; attach, detach and unlink hold byte 0. The items are queue.c's business. */
+#define _POSIX_C_SOURCE 200809L
+#include "handle.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define BYTE0_TIMEOUT_NS UINT64_C(5000000000)
+#define BYTE0_PAUSE_NS UINT64_C(1000000) /* the kernel has no lock with a timeout; only attach and detach wait so */
+#define GENERATION_BITS 53
+#define MAX_CAPACITY (UINT64_C(1) << 46) /* two mappings of it fit into an address space */
+
+static int fail(struct shmq_fault *fault, int status, const char *what, uint64_t found, uint64_t allowed, int error)
+{
+    *fault = (struct shmq_fault){what, found, allowed, error};
+    return status;
+}
+
+static int fail_system(struct shmq_fault *fault, const char *what, int error)
+{
+    return fail(fault, SHMQ_SYSTEM, what, 0, 0, error);
+}
+
+static bool is_same_file(const struct port_file *a, const struct port_file *b)
+{
+    return a->device == b->device && a->inode == b->inode;
+}
+
+static uint64_t ring_offset(void)
+{
+    uint64_t page = port_page_size();
+    return (sizeof(struct shmq_segment) + page - 1) / page * page;
+}
+
+/* ---- who is alive */
+
+/* A descriptor to ask through. The program may have closed ours, or closed it and opened something else: then ask by
+ * name, if the name still leads to our segment. -1: can't ask. */
+static int probe_fd(struct shmq *q)
+{
+    struct port_file file;
+    if (q->probe_fd >= 0 && port_stat(q->probe_fd, &file) == 0 && is_same_file(&file, &q->file))
+        return q->probe_fd;
+    q->probe_fd = -1;
+    int fd;
+    if (port_open(q->path, &fd) != 0)
+        return -1;
+    if (port_stat(fd, &file) != 0 || !is_same_file(&file, &q->file)) {
+        port_close(fd);
+        return -1;
+    }
+    return q->probe_fd = fd;
+}
+
+/* Is this slot's byte locked by somebody? Yes when in doubt: a live owner must never be robbed. */
+static bool is_slot_locked(struct shmq *q, uint32_t slot)
+{
+    uint64_t byte;
+    struct port_file file;
+    int fd = probe_fd(q);
+    if (fd < 0 || port_first_locked(fd, SHMQ_SLOT_BYTE(slot), SHMQ_SLOT_BYTE(slot), &byte) != 0 || byte != UINT64_MAX)
+        return true;
+    /* the descriptor may have been swapped under us by another thread */
+    return port_stat(fd, &file) != 0 || !is_same_file(&file, &q->file);
+}
+
+bool shmq_is_dead(void *arg, uint64_t owner)
+{
+    struct shmq *q = arg;
+    uint32_t slot = shmq_slot_of(owner);
+    if (owner == q->self)
+        return false; /* a thread of ours */
+    if (slot >= SHMQ_SLOTS)
+        return true; /* nobody was ever called that */
+    if (!is_slot_locked(q, slot))
+        return true;
+    /* [A6] pairs with [R6], read after the probe: a newer owner of the slot means that this one is gone. "Another"
+     * would not do: we might see the generation before this one's. */
+    uint64_t now = atomic_load_explicit(&q->seg->slot[slot].owner, memory_order_acquire);
+    return (int64_t)(now - owner) > 0;
+}
+
+static bool is_slot_live(struct shmq *q, uint32_t slot)
+{
+    struct shmq_slot_hdr *s = &q->seg->slot[slot];
+    return atomic_load_explicit(&s->is_attached, memory_order_acquire) && is_slot_locked(q, slot);
+}
+
+uint32_t shmq_refs(struct shmq *q)
+{
+    uint32_t n = 0;
+    for (uint32_t i = 0; i < SHMQ_SLOTS; i++)
+        if (is_slot_live(q, i))
+            n += 1 + atomic_load_explicit(&q->seg->slot[i].manual_refs, memory_order_relaxed);
+    return n;
+}
+
+void shmq_ref_add(struct shmq *q)
+{
+    atomic_fetch_add_explicit(&q->seg->slot[shmq_slot_of(q->self)].manual_refs, 1, memory_order_relaxed);
+}
+
+static bool drop_ref(struct shmq *q, uint32_t slot)
+{
+    _Atomic uint32_t *refs = &q->seg->slot[slot].manual_refs;
+    uint32_t n = atomic_load_explicit(refs, memory_order_relaxed);
+    while (n > 0)
+        if (atomic_compare_exchange_weak_explicit(refs, &n, n - 1, memory_order_relaxed, memory_order_relaxed))
+            return true;
+    return false;
+}
+
+bool shmq_ref_drop(struct shmq *q)
+{
+    if (drop_ref(q, shmq_slot_of(q->self)))
+        return true;
+    for (uint32_t i = 0; i < SHMQ_SLOTS; i++)
+        if (is_slot_live(q, i) && drop_ref(q, i))
+            return true;
+    return false;
+}
+
+/* ---- byte 0 */
+
+/* Lock byte 0 of fd's file. OK | BUSY (fault->found: the pid that has it) | SYSTEM */
+static int lock_byte0(int fd, struct shmq_fault *fault)
+{
+    uint64_t deadline = shmq_now_ns() + BYTE0_TIMEOUT_NS;
+    struct {
+        struct shmq_segment_hdr hdr;
+        struct shmq_waiters_hdr waiters;
+    } head;
+    int rc;
+    while ((rc = port_lock_byte(fd, 0)) == EAGAIN && shmq_now_ns() < deadline) {
+        _Atomic uint32_t never = 0;
+        port_sleep(&never, 0, BYTE0_PAUSE_NS);
+    }
+    if (rc == 0)
+        return SHMQ_OK;
+    if (rc != EAGAIN)
+        return fail_system(fault, "lock", rc);
+    uint32_t pid = port_read(fd, &head, sizeof head) == 0 ? head.waiters.busy_pid : 0;
+    return fail(fault, SHMQ_BUSY, "attach", pid, 0, 0);
+}
+
+/* Does the name still lead to the file that fd has open? Asked under byte 0. */
+static bool is_named(int fd, const char *path)
+{
+    struct port_file open_file, named;
+    return port_stat(fd, &open_file) == 0 && open_file.links > 0 && port_stat_path(path, &named) == 0 &&
+           is_same_file(&open_file, &named);
+}
+
+#define NO_SLOT_OF_OURS SHMQ_SLOTS
+
+/* Does a live attachment other than `own` hold a slot? Asked through fd, which holds none. Yes when in doubt. */
+static bool is_anyone_live(int fd, uint32_t own)
+{
+    uint64_t byte = UINT64_MAX;
+    int rc = own > 0 ? port_first_locked(fd, SHMQ_SLOT_BYTE(0), SHMQ_SLOT_BYTE(own - 1), &byte) : 0;
+    if (rc == 0 && byte == UINT64_MAX && own + 1 < SHMQ_SLOTS)
+        rc = port_first_locked(fd, SHMQ_SLOT_BYTE(own + 1), SHMQ_SLOT_BYTE(SHMQ_SLOTS - 1), &byte);
+    return rc != 0 || byte != UINT64_MAX;
+}
+
+/* ---- create */
+
+static int write_header(int fd, uint64_t capacity)
+{
+    struct shmq_segment_hdr hdr = {
+        .magic = SHMQ_MAGIC,
+        .format = SHMQ_FORMAT,
+        .ring_offset = (uint32_t)ring_offset(),
+        .capacity = capacity,
+        .created_ns = port_wall_ns(),
+    };
+    int rc = port_random(hdr.uuid, sizeof hdr.uuid);
+    return rc != 0 ? rc : port_write(fd, &hdr, sizeof hdr);
+}
+
+/* A new segment without a name, byte 0 locked. */
+static int create_nameless(const char *path, uint64_t capacity, uint32_t mode, int *fd, struct shmq_fault *fault)
+{
+    uint64_t size = ring_offset() + capacity;
+    int rc = capacity > MAX_CAPACITY ? ENOSPC : port_create(path, size, mode, fd);
+    if (rc != 0)
+        return fail(fault, SHMQ_SYSTEM, "create", size, port_free_bytes(path), rc);
+    if ((rc = write_header(*fd, capacity)) == 0)
+        rc = port_lock_byte(*fd, 0);
+    if (rc == 0)
+        return SHMQ_OK;
+    port_close(*fd);
+    return fail_system(fault, "initialise", rc);
+}
+
+/* ---- attach */
+
+/* Is this a segment of ours? OK | CORRUPT | VERSION | SYSTEM */
+static int read_header(int fd, struct shmq_segment_hdr *hdr, struct shmq_fault *fault)
+{
+    struct port_file file;
+    int rc = port_stat(fd, &file);
+    if (rc != 0)
+        return fail_system(fault, "stat", rc);
+    if (!file.is_regular)
+        return fail(fault, SHMQ_CORRUPT, "kind of file", 0, 0, 0);
+    if (file.size < ring_offset())
+        return fail(fault, SHMQ_CORRUPT, "file size", file.size, ring_offset(), 0);
+    if ((rc = port_read(fd, hdr, sizeof *hdr)) != 0)
+        return fail_system(fault, "read", rc);
+    if (hdr->magic != SHMQ_MAGIC)
+        return fail(fault, SHMQ_CORRUPT, "magic", hdr->magic, SHMQ_MAGIC, 0);
+    if (hdr->format != SHMQ_FORMAT)
+        return fail(fault, SHMQ_VERSION, "format", hdr->format, SHMQ_FORMAT, 0);
+    if (hdr->ring_offset != ring_offset())
+        return fail(fault, SHMQ_CORRUPT, "ring_offset", hdr->ring_offset, ring_offset(), 0);
+    if (hdr->capacity == 0 || hdr->capacity % port_page_size() != 0 || hdr->capacity > MAX_CAPACITY)
+        return fail(fault, SHMQ_CORRUPT, "capacity", hdr->capacity, MAX_CAPACITY, 0);
+    if (file.size != hdr->ring_offset + hdr->capacity)
+        return fail(fault, SHMQ_CORRUPT, "file size", file.size, hdr->ring_offset + hdr->capacity, 0);
+    return SHMQ_OK;
+}
+
+/* Lock a free slot's byte through fd. Slots that were left cleanly come first: a dead owner's may hold records. */
+static int lock_slot(int fd, const struct shmq_segment *seg, uint32_t *slot)
+{
+    for (int dead_too = 0; dead_too < 2; dead_too++)
+        for (uint32_t i = 0; i < SHMQ_SLOTS; i++) {
+            if ((int)atomic_load_explicit(&seg->slot[i].is_attached, memory_order_relaxed) != 0 && !dead_too)
+                continue;
+            if (port_lock_byte(fd, SHMQ_SLOT_BYTE(i)) == 0) {
+                *slot = i;
+                return SHMQ_OK;
+            }
+        }
+    return SHMQ_NO_SLOT;
+}
+
+/* Make the locked slot ours: from here on, whatever its last owner left counts as a dead one's. */
+static uint64_t occupy_slot(struct shmq_segment *seg, uint32_t slot)
+{
+    struct shmq_slot_hdr *s = &seg->slot[slot];
+    uint64_t generation = atomic_load_explicit(&s->owner, memory_order_relaxed) >> (SHMQ_SLOT_BITS + 1);
+    uint64_t start = 0;
+    if (generation == 0 && port_random(&start, sizeof start) == 0)
+        generation = start >> (64 - GENERATION_BITS + 8); /* starts anywhere in the first 256th: never wraps */
+    uint64_t owner = shmq_owner_of(generation + 1, slot);
+    atomic_store_explicit(&s->manual_refs, 0, memory_order_relaxed);
+    atomic_store_explicit(&s->pid, port_pid(), memory_order_relaxed);
+    atomic_store_explicit(&s->since_ns, port_wall_ns(), memory_order_relaxed);
+    /* [R6] pairs with [A6] */
+    atomic_store_explicit(&s->owner, owner, memory_order_release);
+    SHMQ_FAILPOINT("attach:occupied"); /* dies here: the byte's lock goes, the slot is free */
+    atomic_store_explicit(&s->is_attached, 1, memory_order_release);
+    return owner;
+}
+
+static int map_segment(struct shmq *q, const struct shmq_segment_hdr *hdr)
+{
+    void *base;
+    int rc = port_map(q->probe_fd, hdr->ring_offset, hdr->capacity, &base);
+    if (rc != 0)
+        return rc;
+    q->seg = base;
+    q->ring_offset = hdr->ring_offset;
+    bool is_power_of_2 = (hdr->capacity & (hdr->capacity - 1)) == 0;
+    q->ring = (struct shmq_ring){(uint8_t *)base + hdr->ring_offset, hdr->capacity, is_power_of_2 ? hdr->capacity - 1 : 0};
+    q->reservations = (struct shmq_hands){q->seg->reservations, SHMQ_R_ENTRIES, &q->seg->side[SHMQ_PRODUCING].top};
+    q->claims = (struct shmq_hands){q->seg->claims, SHMQ_H_ENTRIES, &q->seg->side[SHMQ_CONSUMING].top};
+    return 0;
+}
+
+static void unmap_segment(struct shmq *q)
+{
+    if (q->seg != NULL)
+        port_unmap(q->seg, q->ring_offset, q->ring.capacity);
+    q->seg = NULL;
+}
+
+/* Get a slot of q's mapped segment through fd, on which byte 0 is held, and pin it. fd is the caller's to close. */
+static int join(struct shmq *q, int fd, struct shmq_fault *fault)
+{
+    uint32_t slot;
+    atomic_store_explicit(&q->seg->waiters.busy_pid, port_pid(), memory_order_relaxed);
+    if (lock_slot(fd, q->seg, &slot) != SHMQ_OK)
+        return fail(fault, SHMQ_NO_SLOT, "attachments", SHMQ_SLOTS, SHMQ_SLOTS, 0);
+    int rc = port_pin(fd, &q->pin);
+    if (rc != 0)
+        return fail_system(fault, "pin", rc);
+    q->self = occupy_slot(q->seg, slot);
+    q->cookie = port_cookie();
+    return SHMQ_OK;
+}
+
+/* Nobody lives, nothing is in it, and it has another size than the one wished for: replace it. */
+static bool is_stale(struct shmq *q, int fd, uint64_t capacity)
+{
+    struct shmq_info info;
+    if (q->ring.capacity == capacity || is_anyone_live(fd, NO_SLOT_OF_OURS))
+        return false;
+    return shmq_info(q, &info) == SHMQ_OK && info.qsize == 0 && !shmq_is_in_hand(q);
+}
+
+/* Attach to the named segment behind q->path. ENOENT in fault->error: there is none (any more). */
+static int attach(struct shmq *q, uint64_t capacity, struct shmq_fault *fault)
+{
+    struct shmq_segment_hdr hdr;
+    int fd, rc = port_open(q->path, &fd); /* will hold byte 0 and our slot */
+    if (rc != 0)
+        return rc == ELOOP ? fail(fault, SHMQ_CORRUPT, "kind of file", 0, 0, 0) : fail_system(fault, "open", rc);
+    rc = read_header(fd, &hdr, fault);
+    if (rc == SHMQ_OK)
+        rc = lock_byte0(fd, fault);
+    if (rc == SHMQ_OK && !is_named(fd, q->path))
+        rc = fail_system(fault, "open", ENOENT); /* unlinked while we waited: start over */
+    int error = 0;
+    if (rc == SHMQ_OK && ((error = port_open(q->path, &q->probe_fd)) != 0 || (error = port_stat(q->probe_fd, &q->file)) != 0 ||
+                          (error = map_segment(q, &hdr)) != 0))
+        rc = fail_system(fault, "map", error);
+    if (rc == SHMQ_OK && is_stale(q, fd, capacity)) {
+        port_unlink(q->path);
+        rc = fail_system(fault, "open", ENOENT);
+    }
+    if (rc == SHMQ_OK)
+        rc = join(q, fd, fault);
+    port_unlock_byte(fd, 0); /* the pin keeps the description, so closing wouldn't */
+    port_close(fd);
+    return rc;
+}
+
+/* Give the nameless segment its name and attach. EEXIST in fault->error: somebody was faster. */
+static int create(struct shmq *q, uint64_t capacity, uint32_t mode, struct shmq_fault *fault)
+{
+    struct shmq_segment_hdr hdr;
+    int fd, rc = create_nameless(q->path, capacity, mode, &fd, fault);
+    if (rc != SHMQ_OK)
+        return rc;
+    int error = port_link(fd, q->path);
+    if (error == 0) {
+        SHMQ_FAILPOINT("create:named"); /* dies here: an empty segment, adopted by who comes next */
+        if ((error = port_open(q->path, &q->probe_fd)) == 0 && (error = port_stat(q->probe_fd, &q->file)) == 0 &&
+            !is_named(fd, q->path))
+            error = ENOENT; /* removed by hand already */
+        if (error == 0 && (rc = read_header(q->probe_fd, &hdr, fault)) == SHMQ_OK)
+            error = map_segment(q, &hdr);
+        if (error == 0 && rc == SHMQ_OK)
+            rc = join(q, fd, fault);
+        if (error != 0 || rc != SHMQ_OK)
+            port_unlink(q->path);
+        q->was_created = true;
+    }
+    port_unlock_byte(fd, 0);
+    port_close(fd);
+    return error != 0 ? fail_system(fault, "create", error) : rc;
+}
+
+static void drop_files(struct shmq *q)
+{
+    struct port_file file;
+    unmap_segment(q);
+    /* the program may have closed it; the number may be another file's now */
+    if (q->probe_fd >= 0 && port_stat(q->probe_fd, &file) == 0 && is_same_file(&file, &q->file))
+        port_close(q->probe_fd);
+    q->probe_fd = -1;
+}
+
+int shmq_open(struct shmq **out, const char *path, uint64_t capacity, uint32_t mode, struct shmq_fault *fault)
+{
+    *out = NULL;
+    struct shmq *q = calloc(1, sizeof *q);
+    if (q == NULL || (q->path = strdup(path)) == NULL) {
+        free(q);
+        return fail_system(fault, "allocate", ENOMEM);
+    }
+    q->probe_fd = q->child_fd = -1;
+    q->may_spin = port_cpus() > 1;
+    port_cookie();
+    int rc = SHMQ_SYSTEM;
+    for (int tries = 0; tries < 100; tries++) { /* each round lost means that somebody else came or went */
+        port_fork_guard();
+        rc = attach(q, capacity, fault);
+        if (rc == SHMQ_SYSTEM && fault->error == ENOENT) {
+            drop_files(q);
+            rc = create(q, capacity, mode, fault);
+        }
+        port_fork_unguard();
+        if (rc != SHMQ_SYSTEM || (fault->error != ENOENT && fault->error != EEXIST))
+            break;
+        drop_files(q);
+    }
+    if (rc == SHMQ_OK) {
+        *out = q;
+        return SHMQ_OK;
+    }
+    drop_files(q);
+    free(q->path);
+    free(q);
+    return rc;
+}
+
+/* ---- fork */
+
+int shmq_fork_before(struct shmq *q)
+{
+    struct port_file file;
+    uint32_t slot;
+    int fd;
+    q->child_fd = -1;
+    if (shmq_usable(q) != SHMQ_OK)
+        return SHMQ_CLOSED;
+    if (port_open(q->path, &fd) != 0)
+        return SHMQ_GONE;
+    if (port_stat(fd, &file) != 0 || !is_same_file(&file, &q->file) || lock_slot(fd, q->seg, &slot) != SHMQ_OK) {
+        port_close(fd);
+        return SHMQ_GONE;
+    }
+    q->child_self = occupy_slot(q->seg, slot);
+    q->child_fd = fd;
+    return SHMQ_OK;
+}
+
+void shmq_fork_parent(struct shmq *q)
+{
+    if (q->child_fd >= 0)
+        port_close(q->child_fd); /* the child's copy keeps the description */
+    q->child_fd = -1;
+}
+
+/* The parent's threads, calls and pin don't exist in the child. */
+static void forget_parent(struct shmq *q)
+{
+    q->pin = NULL;
+    atomic_store(&q->calls, 0);
+    q->cookie = port_cookie();
+}
+
+int shmq_fork_child(struct shmq *q)
+{
+    int fd = q->child_fd, rc;
+    q->child_fd = -1;
+    if (fd < 0)
+        return SHMQ_GONE;
+    if (q->seg == NULL) { /* closed by another thread between the two steps */
+        port_close(fd);
+        return SHMQ_CLOSED;
+    }
+    if ((rc = port_pin(fd, &q->pin)) == 0) {
+        forget_parent(q);
+        q->self = q->child_self;
+        atomic_store_explicit(&q->seg->slot[shmq_slot_of(q->self)].pid, port_pid(), memory_order_relaxed);
+    }
+    port_close(fd);
+    return rc == 0 ? SHMQ_OK : fail_system(&q->fault, "pin", rc);
+}
+
+int shmq_adopt(struct shmq *q)
+{
+    struct port_file file;
+    int fd, rc;
+    if (q->seg == NULL || atomic_load(&q->is_closing))
+        return SHMQ_CLOSED;
+    if (port_open(q->path, &fd) != 0)
+        return SHMQ_GONE;
+    port_fork_guard();
+    rc = port_stat(fd, &file) == 0 && is_same_file(&file, &q->file) ? lock_byte0(fd, &q->fault) : SHMQ_GONE;
+    if (rc == SHMQ_OK && !is_named(fd, q->path))
+        rc = SHMQ_GONE;
+    if (rc == SHMQ_OK && (rc = join(q, fd, &q->fault)) == SHMQ_OK)
+        atomic_store(&q->calls, 0);
+    port_unlock_byte(fd, 0);
+    port_close(fd);
+    port_fork_unguard();
+    return rc;
+}
+
+/* ---- detach */
+
+static void let_go_of_slot(struct shmq *q)
+{
+    if (q->pin == NULL)
+        return;
+    atomic_store_explicit(&q->seg->slot[shmq_slot_of(q->self)].is_attached, 0, memory_order_release);
+    port_unpin(q->pin);
+    q->pin = NULL;
+}
+
+/* Under byte 0: unlink unless somebody else lives; then let go of the slot if asked. */
+static int unlink_if_last(struct shmq *q, bool let_go)
+{
+    struct port_file file;
+    int fd, rc = port_open(q->path, &fd);
+    if (rc != 0)
+        return rc == ENOENT ? SHMQ_OK : fail_system(&q->fault, "open", rc);
+    if (port_stat(fd, &file) != 0 || !is_same_file(&file, &q->file)) {
+        port_close(fd); /* ours was removed by hand, this one is somebody else's */
+        return SHMQ_OK;
+    }
+    rc = lock_byte0(fd, &q->fault);
+    if (rc == SHMQ_OK && is_named(fd, q->path)) {
+        atomic_store_explicit(&q->seg->waiters.busy_pid, port_pid(), memory_order_relaxed);
+        int error = is_anyone_live(fd, shmq_slot_of(q->self)) ? 0 : port_unlink(q->path);
+        if (error != 0)
+            rc = fail_system(&q->fault, "unlink", error);
+    }
+    SHMQ_FAILPOINT("detach:decided"); /* dies here: as if it had died before, or had left */
+    if (let_go)
+        let_go_of_slot(q); /* still under byte 0: of two that leave at once the second sees the first gone */
+    port_close(fd); /* and with it byte 0 */
+    return rc;
+}
+
+static bool is_ours(const struct shmq *q) /* or is the attachment our parent's? */
+{
+    return atomic_load_explicit(port_cookie_page, memory_order_relaxed) == q->cookie;
+}
+
+int shmq_detach(struct shmq *q)
+{
+    int rc = SHMQ_OK;
+    if (atomic_exchange(&q->is_detached, true))
+        return SHMQ_OK;
+    if (is_ours(q)) {
+        port_fork_guard();
+        rc = unlink_if_last(q, true);
+        let_go_of_slot(q);
+        port_fork_unguard();
+    }
+    drop_files(q);
+    return rc;
+}
+
+int shmq_leave(struct shmq *q)
+{
+    if (!is_ours(q) || atomic_load(&q->is_detached))
+        return SHMQ_OK;
+    port_fork_guard();
+    int rc = unlink_if_last(q, false);
+    port_fork_unguard();
+    return rc;
+}
+
+void shmq_free(struct shmq *q)
+{
+    shmq_close(q, false);
+    shmq_detach(q);
+    free(q->path);
+    free(q);
+}
+
+/* ---- what the rest of the core and the binding ask */
+
+int shmq_corrupt(struct shmq *q, const char *what, uint64_t found, uint64_t allowed)
+{
+    return fail(&q->fault, SHMQ_CORRUPT, what, found, allowed, 0);
+}
+
+int shmq_usable(const struct shmq *q)
+{
+    if (atomic_load_explicit(&((struct shmq *)q)->is_closing, memory_order_relaxed))
+        return SHMQ_CLOSED;
+    return atomic_load_explicit(port_cookie_page, memory_order_relaxed) == q->cookie ? SHMQ_OK : SHMQ_FORKED;
+}
+
+uint64_t shmq_capacity(const struct shmq *q) { return q->ring.capacity; }
+const uint8_t *shmq_uuid(const struct shmq *q) { return q->seg->hdr.uuid; }
+bool shmq_was_created(const struct shmq *q) { return q->was_created; }
+const struct shmq_fault *shmq_fault(const struct shmq *q) { return &q->fault; }
+
+uint32_t shmq_lock_pid(const struct shmq *q, int side)
+{
+    uint64_t owner = atomic_load_explicit(&q->seg->side[side].lock, memory_order_relaxed);
+    uint32_t slot = shmq_slot_of(owner);
+    return owner == 0 || slot >= SHMQ_SLOTS ? 0 : atomic_load_explicit(&q->seg->slot[slot].pid, memory_order_relaxed);
+}

@@ -1,0 +1,31 @@
+/* event.h - eventcounts: sleep until somebody says that something changed; see event.c. */
+#ifndef SHMQ_EVENT_H
+#define SHMQ_EVENT_H
+
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "layout.h"
+
+/* How long to spin before sleeping, learnt from success. One per handle. */
+struct shmq_spin {
+    _Atomic uint32_t budget; /* pauses */
+    _Atomic uint32_t skipped;
+};
+
+/* Spin until *word differs from `seen` or the budget is spent. True: it differs. */
+bool shmq_spin(struct shmq_spin *spin, _Atomic uint64_t *word, uint64_t seen);
+
+/* A sleeper: key = shmq_sleep_begin_..(); look once more; shmq_sleep(count, key, ns) or go on; shmq_sleep_end_..(). */
+uint32_t shmq_items_begin(struct shmq_waiters_hdr *w);
+uint32_t shmq_room_begin(struct shmq_waiters_hdr *w, uint64_t bytes);
+int shmq_sleep(_Atomic uint32_t *count, uint32_t key, uint64_t timeout_ns); /* 0 | EINTR | ETIMEDOUT */
+
+/* A waker, after it has published: how much the sleepers want, 0 when nobody sleeps; then wake them. */
+uint32_t shmq_items_asleep(struct shmq_waiters_hdr *w);
+uint64_t shmq_room_wanted(struct shmq_waiters_hdr *w);
+void shmq_items_wake(struct shmq_waiters_hdr *w, int n);
+void shmq_room_wake(struct shmq_waiters_hdr *w);
+
+#endif

@@ -1,0 +1,63 @@
+/* handle.h - an attachment as the core sees it: shared by attach.c, queue.c, look.c and the C tests; nobody else. */
+#ifndef SHMQ_HANDLE_H
+#define SHMQ_HANDLE_H
+
+#include "event.h"
+#include "hands.h"
+#include "lock.h"
+#include "port.h"
+#include "ring.h"
+#include "shmq.h"
+#include "side.h"
+
+struct shmq {
+    struct shmq_segment *seg; /* the mapping; NULL once detached */
+    struct shmq_ring ring;
+    struct shmq_hands reservations, claims;
+    uint64_t self;   /* our owner word */
+    uint64_t cookie; /* of the process whose attachment this is */
+    uint64_t ring_offset;
+    char *path;
+    struct port_file file; /* the segment's identity */
+    void *pin;             /* holds the kernel lock on our slot's byte */
+    int probe_fd;          /* never holds a lock; -1 when lost */
+    int child_fd;          /* between fork_before and fork_parent or fork_child: the child's slot, locked */
+    uint64_t child_self;
+    bool was_created, may_spin;
+    _Atomic uint32_t calls; /* `_wait` calls inside */
+    _Atomic bool is_closing, is_detached;
+    /* what we last saw of the other side: bounds that can only be behind */
+    _Atomic uint64_t put_seen, free_seen;
+    _Atomic uint64_t next_sweep_ns;
+    struct shmq_spin spin; /* consumers'; a full ring is worth sleeping for */
+    struct shmq_fault fault;
+};
+
+static inline struct shmq_side_hdr *shmq_side(const struct shmq *q, int side) { return &q->seg->side[side]; }
+
+static inline uint64_t shmq_owner_of(uint64_t generation, uint32_t slot)
+{
+    return generation << (SHMQ_SLOT_BITS + 1) | (uint64_t)(slot + 1) << 1;
+}
+/* SHMQ_SLOTS or more for what no owner can be */
+static inline uint32_t shmq_slot_of(uint64_t owner)
+{
+    return (uint32_t)((owner >> 1) & ((1u << SHMQ_SLOT_BITS) - 1)) - 1;
+}
+
+/* Does nobody live under this owner word? "No" when in doubt. arg is the handle. */
+bool shmq_is_dead(void *arg, uint64_t owner);
+
+/* Record a broken value for shmq_fault(); returns SHMQ_CORRUPT. */
+int shmq_corrupt(struct shmq *q, const char *what, uint64_t found, uint64_t allowed);
+
+/* By attach.c. detach: unlink if we are the last, let go of the slot, unmap; when the last call has left.
+ * leave: only unlink if we are the last. */
+int shmq_detach(struct shmq *q);
+int shmq_leave(struct shmq *q);
+
+/* Take a side's lock; void what a dead holder had begun. OK | BUSY | INTR */
+int shmq_enter_side(struct shmq *q, int side, uint64_t until_ns);
+static inline void shmq_leave_side(struct shmq *q, int side) { shmq_unlock(&shmq_side(q, side)->lock); }
+
+#endif

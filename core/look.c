@@ -1,0 +1,152 @@
+/* look.c - looking at a segment without changing it: positions and counts of one instant, and every invariant. */
+#include "handle.h"
+
+#include <inttypes.h>
+#include <stdio.h>
+
+#define INFO_TRIES 10000
+
+/* ---- one instant, without a lock */
+
+/* Records of [pos, end) that are committed: what an entry of H without an owner will deliver. */
+static uint64_t committed_in(const struct shmq *q, uint64_t pos, uint64_t end)
+{
+    struct shmq_record r;
+    uint64_t n = 0;
+    while (pos < end && shmq_ring_state(&q->ring, pos) == SHMQ_COMMITTED && shmq_ring_read(&q->ring, pos, end, &r)) {
+        pos += shmq_record_size(r.len);
+        n++;
+    }
+    return n;
+}
+
+static uint64_t given_back(const struct shmq *q)
+{
+    uint64_t n = 0;
+    for (uint32_t i = 0, top = shmq_hands_top(&q->claims); i < top; i++) {
+        const struct shmq_hand_hdr *e = &q->claims.entry[i];
+        uint64_t pos1 = shmq_hand_pos1(e);
+        if (pos1 != 0 && shmq_hand_owner(e) == 0)
+            n += committed_in(q, pos1 - 1, shmq_hand_end(e));
+    }
+    return n;
+}
+
+/* Reservations between the positions that are no items: not committed yet, or abandoned. */
+static uint64_t not_items(const struct shmq *q, uint64_t get_pos, uint64_t put_pos)
+{
+    uint64_t n = 0;
+    for (uint32_t i = 0, top = shmq_hands_top(&q->reservations); i < top; i++) {
+        uint64_t pos = shmq_hand_pos1(&q->reservations.entry[i]) - 1;
+        n += pos >= get_pos && pos < put_pos && shmq_ring_state(&q->ring, pos) != SHMQ_COMMITTED;
+    }
+    return n;
+}
+
+int shmq_info(struct shmq *q, struct shmq_info *info)
+{
+    struct shmq_mark get = {0, 0}, put = {0, 0};
+    for (int i = 0; i < INFO_TRIES; i++) {
+        struct shmq_mark again;
+        uint64_t get_seq, put_seq, get_seq2, put_seq2;
+        if (!shmq_side_read(shmq_side(q, SHMQ_CONSUMING), &get, &get_seq) ||
+            !shmq_side_read(shmq_side(q, SHMQ_PRODUCING), &put, &put_seq))
+            break;
+        *info = (struct shmq_info){put.pos, get.pos, shmq_hands_lowest(&q->claims, get.pos), 0};
+        info->qsize = put.count - get.count + given_back(q) - not_items(q, get.pos, put.pos);
+        if (shmq_side_read(shmq_side(q, SHMQ_CONSUMING), &again, &get_seq2) &&
+            shmq_side_read(shmq_side(q, SHMQ_PRODUCING), &again, &put_seq2) && get_seq == get_seq2 && put_seq == put_seq2 &&
+            put.pos >= info->free_pos && put.pos - info->free_pos <= q->ring.capacity)
+            return SHMQ_OK;
+    }
+    return shmq_corrupt(q, "put_pos - get_pos", put.pos - get.pos, q->ring.capacity);
+}
+
+/* ---- every invariant */
+
+struct checker {
+    struct shmq *q;
+    void (*report)(void *arg, const char *line);
+    void *arg;
+};
+
+static void broken(const struct checker *c, const char *what, uint64_t found, uint64_t allowed)
+{
+    char line[160];
+    snprintf(line, sizeof line, "%s: found %" PRIu64 ", allowed %" PRIu64, what, found, allowed);
+    c->report(c->arg, line);
+}
+
+/* The records between the positions, with the consuming lock held: they stay where they are. */
+static void check_ring(const struct checker *c, struct shmq_mark get, struct shmq_mark put)
+{
+    struct shmq_record r;
+    uint64_t n = 0;
+    for (uint64_t pos = get.pos; pos < put.pos; pos += shmq_record_size(r.len), n++) {
+        uint8_t state = shmq_ring_state(&c->q->ring, pos);
+        if (state < SHMQ_RESERVED || state > SHMQ_ABANDONED) {
+            broken(c, "state of a record", state, SHMQ_ABANDONED);
+            return;
+        }
+        if (!shmq_ring_read(&c->q->ring, pos, put.pos, &r)) {
+            broken(c, "length of a record", r.len, put.pos - pos);
+            return;
+        }
+    }
+    if (n != put.count - get.count)
+        broken(c, "records between get_pos and put_pos", n, put.count - get.count);
+}
+
+static void check_entry(const struct checker *c, const struct shmq_hands *h, uint32_t i, uint64_t below)
+{
+    uint64_t pos1 = shmq_hand_pos1(&h->entry[i]), end = shmq_hand_end(&h->entry[i]);
+    uint64_t owner = shmq_hand_owner(&h->entry[i]);
+    if (pos1 == 0)
+        return;
+    if (i >= shmq_hands_top(h))
+        broken(c, "entry above its table's top", i, shmq_hands_top(h));
+    if (pos1 > below)
+        broken(c, "position in hand", pos1 - 1, below);
+    if (end <= pos1 - 1 || end - (pos1 - 1) > c->q->ring.capacity)
+        broken(c, "end of what is in hand", end, pos1 - 1 + c->q->ring.capacity);
+    if (owner != 0 && shmq_slot_of(owner) >= SHMQ_SLOTS)
+        broken(c, "slot of an owner", shmq_slot_of(owner), SHMQ_SLOTS - 1);
+    for (uint32_t k = 0; k < i; k++)
+        if (shmq_hand_pos1(&h->entry[k]) == pos1)
+            broken(c, "position twice in hand", pos1 - 1, 0);
+}
+
+static int check_side(const struct checker *c, int side)
+{
+    struct shmq *q = c->q;
+    struct shmq_mark put;
+    uint64_t seq;
+    int rc = shmq_enter_side(q, side, shmq_now_ns() + UINT64_C(1000000000));
+    if (rc != SHMQ_OK)
+        return rc;
+    struct shmq_mark mark = shmq_side_mark(shmq_side(q, side));
+    const struct shmq_hands *h = side == SHMQ_PRODUCING ? &q->reservations : &q->claims;
+    if (side == SHMQ_CONSUMING && shmq_side_read(shmq_side(q, SHMQ_PRODUCING), &put, &seq)) {
+        uint64_t free_pos = shmq_hands_lowest(&q->claims, mark.pos);
+        if (put.pos < mark.pos || put.pos - free_pos > q->ring.capacity)
+            broken(c, "bytes in use", put.pos - free_pos, q->ring.capacity);
+        else
+            check_ring(c, mark, put);
+    }
+    for (uint32_t i = 0; i < h->n; i++)
+        check_entry(c, h, i, mark.pos);
+    shmq_leave_side(q, side);
+    return SHMQ_OK;
+}
+
+int shmq_check(struct shmq *q, void (*report)(void *arg, const char *line), void *arg)
+{
+    struct checker c = {q, report, arg};
+    int rc = shmq_hold(q);
+    if (rc != SHMQ_OK)
+        return rc;
+    if ((rc = check_side(&c, SHMQ_PRODUCING)) == SHMQ_OK)
+        rc = check_side(&c, SHMQ_CONSUMING);
+    shmq_let_go(q);
+    return rc;
+}

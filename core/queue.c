@@ -1,0 +1,695 @@
+/* queue.c - the parts put together: put, get, wait, sweep.
+ * A critical section publishes by one store (side.h), what is in hand stands in a table (hands.c), and nobody ever holds
+ * two locks. Each step says what a death there leaves. Waiting is bounded and ends in a look for the dead. */
+#include "handle.h"
+
+#include <errno.h>
+#include <limits.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define LOCK_GRACE_NS UINT64_C(30000000)    /* a call that doesn't wait for items still waits so long for a lock */
+#define LOCK_SLICE_NS UINT64_C(50000000)    /* then it is time to look for signals */
+#define WAIT_NS UINT64_C(100000000)         /* a sleeper looks for itself so often */
+#define WAIT_IN_HAND_NS UINT64_C(20000000)  /* and so often while a record is in hand: its owner may be dead */
+#define SWEEP_EVERY_NS UINT64_C(10000000)
+#define SWEEP_LOCK_NS UINT64_C(2000000)     /* sweeping is nobody's duty: it doesn't wait long */
+
+/* ---- calls and locks */
+
+int shmq_hold(struct shmq *q)
+{
+    int rc = shmq_usable(q);
+    if (rc == SHMQ_FORKED)
+        return rc;
+    atomic_fetch_add(&q->calls, 1);
+    if (!atomic_load(&q->is_closing))
+        return SHMQ_OK;
+    shmq_let_go(q);
+    return SHMQ_CLOSED;
+}
+
+void shmq_let_go(struct shmq *q)
+{
+    if (atomic_fetch_sub(&q->calls, 1) == 1 && atomic_load(&q->is_closing))
+        shmq_detach(q);
+}
+
+void shmq_close_begin(struct shmq *q) { atomic_store(&q->is_closing, true); }
+
+int shmq_close(struct shmq *q, bool now)
+{
+    shmq_close_begin(q);
+    if (atomic_load(port_cookie_page) != q->cookie)
+        atomic_store(&q->calls, 0); /* the parent's */
+    if (atomic_load(&q->calls) == 0)
+        return shmq_detach(q);
+    if (q->seg != NULL && !atomic_load(&q->is_detached)) {
+        atomic_fetch_add(&q->seg->waiters.items, 1);
+        port_wake(&q->seg->waiters.items, INT_MAX);
+        atomic_fetch_add(&q->seg->waiters.room, 1);
+        port_wake(&q->seg->waiters.room, INT_MAX);
+    }
+    return now ? shmq_leave(q) : SHMQ_OK;
+}
+
+static const struct shmq_hands *hands_of(const struct shmq *q, int side)
+{
+    return side == SHMQ_PRODUCING ? &q->reservations : &q->claims;
+}
+
+static bool try_side(struct shmq *q, int side) { return shmq_lock_try(&shmq_side(q, side)->lock, q->self); }
+
+int shmq_enter_side(struct shmq *q, int side, uint64_t until_ns)
+{
+    struct shmq_lock_user user = {q->self, shmq_is_dead, q, q->may_spin};
+    switch (try_side(q, side) ? SHMQ_LOCK_TAKEN : shmq_lock(&shmq_side(q, side)->lock, &user, until_ns)) {
+    case SHMQ_LOCK_TAKEN_OVER:
+        shmq_hands_void(hands_of(q, side), shmq_side_mark(shmq_side(q, side)).pos);
+        /* fall through */
+    case SHMQ_LOCK_TAKEN:
+        return SHMQ_OK;
+    case SHMQ_LOCK_INTR:
+        return SHMQ_INTR;
+    default:
+        return SHMQ_BUSY;
+    }
+}
+
+static uint64_t earlier(uint64_t a, uint64_t b) { return a < b ? a : b; }
+
+/* For a call with a deadline: a lock held by a live owner beyond it is BUSY, before it time to look for signals. */
+static int enter_side_by(struct shmq *q, int side, uint64_t deadline_ns)
+{
+    uint64_t now = shmq_now_ns();
+    uint64_t until = deadline_ns < now + LOCK_GRACE_NS ? now + LOCK_GRACE_NS : earlier(deadline_ns, now + LOCK_SLICE_NS);
+    int rc = shmq_enter_side(q, side, until);
+    return rc == SHMQ_BUSY && until < deadline_ns ? SHMQ_INTR : rc;
+}
+
+/* ---- the other side's position */
+
+/* Where everything below is published. `behind`: a bound seen earlier is good enough when it is beyond that. */
+static int read_put_pos(struct shmq *q, uint64_t get_pos, uint64_t *put_pos)
+{
+    struct shmq_mark mark;
+    uint64_t seq = 0;
+    *put_pos = atomic_load_explicit(&q->put_seen, memory_order_acquire);
+    if (*put_pos <= get_pos) {
+        if (!shmq_side_read(shmq_side(q, SHMQ_PRODUCING), &mark, &seq))
+            return shmq_corrupt(q, "producing.seq", seq, 0);
+        *put_pos = mark.pos;
+        atomic_store_explicit(&q->put_seen, mark.pos, memory_order_release);
+    }
+    if (*put_pos - get_pos > q->ring.capacity)
+        return shmq_corrupt(q, "put_pos - get_pos", *put_pos - get_pos, q->ring.capacity);
+    return SHMQ_OK;
+}
+
+/* Where everything below is free again. get_pos is read first: whatever was claimed below it stands in H by then. */
+static int read_free_pos(struct shmq *q, uint64_t *free_pos)
+{
+    struct shmq_mark mark;
+    uint64_t seq = 0;
+    if (!shmq_side_read(shmq_side(q, SHMQ_CONSUMING), &mark, &seq))
+        return shmq_corrupt(q, "consuming.seq", seq, 0);
+    *free_pos = shmq_hands_lowest(&q->claims, mark.pos);
+    return SHMQ_OK;
+}
+
+/* Do the bytes below `end` fit? `put_pos` is the published one. OK | FULL | CORRUPT */
+static int fits(struct shmq *q, uint64_t put_pos, uint64_t end)
+{
+    uint64_t free_pos = atomic_load_explicit(&q->free_seen, memory_order_acquire);
+    if (end - free_pos <= q->ring.capacity)
+        return SHMQ_OK;
+    int rc = read_free_pos(q, &free_pos);
+    if (rc != SHMQ_OK)
+        return rc;
+    if (put_pos - free_pos > q->ring.capacity)
+        return shmq_corrupt(q, "put_pos - free_pos", put_pos - free_pos, q->ring.capacity);
+    atomic_store_explicit(&q->free_seen, free_pos, memory_order_release);
+    return end - free_pos <= q->ring.capacity ? SHMQ_OK : SHMQ_FULL;
+}
+
+/* ---- waking */
+
+/* Items were published. */
+static void after_put(struct shmq *q)
+{
+    atomic_thread_fence(memory_order_seq_cst); /* [W2] pairs with [W1] */
+    if (shmq_items_asleep(&q->seg->waiters))
+        shmq_items_wake(&q->seg->waiters, 1); /* who wakes and leaves something behind wakes the next */
+}
+
+/* Is there something to take? Takes no lock; "yes" may be a reservation that turns out not to be. */
+static bool may_take(struct shmq *q)
+{
+    struct shmq_mark get, put;
+    uint64_t seq;
+    if (!shmq_side_read(shmq_side(q, SHMQ_CONSUMING), &get, &seq) ||
+        !shmq_side_read(shmq_side(q, SHMQ_PRODUCING), &put, &seq) || put.pos != get.pos)
+        return true;
+    for (uint32_t i = 0, top = shmq_hands_top(&q->claims); i < top; i++) {
+        uint64_t pos1 = shmq_hand_pos1(&q->claims.entry[i]);
+        if (pos1 != 0 && shmq_hand_owner(&q->claims.entry[i]) == 0 && shmq_ring_state(&q->ring, pos1 - 1) == SHMQ_COMMITTED)
+            return true;
+    }
+    return false;
+}
+
+/* Bytes free at this instant; 0 when that can't be told. */
+static uint64_t free_bytes(struct shmq *q)
+{
+    struct shmq_mark put;
+    uint64_t free_pos, seq;
+    if (read_free_pos(q, &free_pos) != SHMQ_OK || !shmq_side_read(shmq_side(q, SHMQ_PRODUCING), &put, &seq) ||
+        put.pos - free_pos > q->ring.capacity)
+        return 0;
+    return q->ring.capacity - (put.pos - free_pos);
+}
+
+/* Wake producers when their item fits and a good part is free, or when no get will come to do it later. */
+static void offer_room(struct shmq *q, bool is_last_chance)
+{
+    uint64_t wanted = shmq_room_wanted(&q->seg->waiters);
+    if (wanted == 0)
+        return;
+    uint64_t room = free_bytes(q);
+    if (room >= wanted && (room >= q->ring.capacity / 4 || is_last_chance || !may_take(q)))
+        shmq_room_wake(&q->seg->waiters);
+}
+
+/* Records were taken or let go of. */
+static void after_get(struct shmq *q)
+{
+    atomic_thread_fence(memory_order_seq_cst); /* [W2] pairs with [W1] */
+    offer_room(q, false);
+    if (shmq_items_asleep(&q->seg->waiters) && may_take(q))
+        shmq_items_wake(&q->seg->waiters, 1);
+}
+
+/* ---- put */
+
+struct shmq_out shmq_out(const struct shmq_part *parts, uint32_t n_parts, uint32_t method, bool is_aligned)
+{
+    uint64_t len = is_aligned && n_parts > 0 ? (uint64_t)(n_parts - 1) * (SHMQ_ALIGN - 1) : 0;
+    for (uint32_t i = 0; i < n_parts && len <= SHMQ_MAX_LEN; i++)
+        len = parts[i].len <= SHMQ_MAX_LEN ? len + parts[i].len : UINT64_MAX / 2;
+    uint64_t size = len <= SHMQ_MAX_LEN ? shmq_record_size(len) : UINT64_MAX / 2;
+    return (struct shmq_out){parts, n_parts, method, is_aligned, size};
+}
+
+/* A big record: reserve under the lock, copy outside, commit. The lock is held on entry and not on return. */
+static void put_reserved(struct shmq *q, const struct shmq_out *out, const struct shmq_record *record, int32_t hand,
+                         struct shmq_mark next)
+{
+    shmq_ring_begin(&q->ring, record, SHMQ_RESERVED);
+    SHMQ_FAILPOINT("put:reserved"); /* dies here: the entry is void */
+    shmq_side_publish(shmq_side(q, SHMQ_PRODUCING), next);
+    shmq_leave_side(q, SHMQ_PRODUCING);
+    SHMQ_FAILPOINT("put:unlocked"); /* dies here, or while copying: swept to abandoned; put() had not returned */
+    shmq_ring_fill(&q->ring, record->pos, out);
+    SHMQ_FAILPOINT("put:filled");
+    shmq_ring_set_state(&q->ring, record->pos, SHMQ_COMMITTED);
+    SHMQ_FAILPOINT("put:committed"); /* dies here: delivered; the entry is swept */
+    shmq_hands_free(&q->reservations, hand);
+}
+
+/* An entry of R for a big record at pos, -1 when R is full. Caller holds the producing lock. */
+static int32_t reserve_hand(struct shmq *q, uint64_t pos, uint64_t end)
+{
+    struct shmq_mark get;
+    uint64_t seq;
+    shmq_hands_trim(&q->reservations);
+    if (shmq_hands_top(&q->reservations) > 0 && shmq_side_read(shmq_side(q, SHMQ_CONSUMING), &get, &seq))
+        shmq_hands_settle_reservations(&q->reservations, get.pos);
+    return shmq_hands_take(&q->reservations, pos, end, q->self);
+}
+
+/* Put as many records as fit, at least one. Caller holds the producing lock, which is let go of in every case. */
+static int put_locked(struct shmq *q, const struct shmq_out *outs, uint32_t n, uint32_t *done)
+{
+    struct shmq_mark start = shmq_side_mark(shmq_side(q, SHMQ_PRODUCING)), mark = start;
+    int rc = SHMQ_OK;
+    for (uint32_t i = 0; i < n; i++) {
+        struct shmq_mark next = {mark.pos + outs[i].size, mark.count + 1};
+        if ((rc = outs[i].size > q->ring.capacity ? SHMQ_TOO_BIG : fits(q, start.pos, next.pos)) != SHMQ_OK)
+            break;
+        uint32_t len = (uint32_t)(outs[i].size - SHMQ_RECORD_HDR);
+        struct shmq_record record = {mark.pos, len, outs[i].method};
+        int32_t hand = -1;
+        if (len > SHMQ_SMALL && (i > 0 || (hand = reserve_hand(q, mark.pos, next.pos)) >= 0)) {
+            if (i > 0)
+                break; /* it comes next, by itself */
+            put_reserved(q, &outs[0], &record, hand, next);
+            *done = 1;
+            return SHMQ_OK;
+        }
+        shmq_ring_begin(&q->ring, &record, SHMQ_COMMITTED);
+        shmq_ring_fill(&q->ring, mark.pos, &outs[i]);
+        SHMQ_FAILPOINT("put:written"); /* dies here: beyond put_pos, so nothing has happened */
+        mark = next;
+        *done = i + 1;
+    }
+    if (*done > 0) {
+        shmq_side_publish(shmq_side(q, SHMQ_PRODUCING), mark);
+        rc = SHMQ_OK;
+    }
+    shmq_leave_side(q, SHMQ_PRODUCING);
+    return rc;
+}
+
+int shmq_put_try(struct shmq *q, const struct shmq_out *outs, uint32_t n, uint32_t *done)
+{
+    *done = 0;
+    int rc = shmq_usable(q);
+    if (rc != SHMQ_OK)
+        return rc;
+    if (!try_side(q, SHMQ_PRODUCING))
+        return SHMQ_BUSY;
+    if ((rc = put_locked(q, outs, n, done)) == SHMQ_OK)
+        after_put(q);
+    return rc;
+}
+
+/* ---- get */
+
+/* Hand a claimed or copied record to the caller. */
+static void describe(const struct shmq *q, const struct shmq_record *r, int32_t hand, struct shmq_in *in)
+{
+    const uint8_t *payload = shmq_ring_payload(&q->ring, r->pos);
+    *in = (struct shmq_in){payload, NULL, r->pos, r->len, r->method, (uint32_t)((uintptr_t)payload % SHMQ_ALIGN), hand};
+}
+
+/* Copy the record out; to the heap if it is bigger than the scratch. */
+static int copy_out(struct shmq *q, const struct shmq_record *r, uint8_t *scratch, struct shmq_in *in)
+{
+    describe(q, r, -1, in);
+    uint8_t *to = scratch;
+    if (r->len > SHMQ_SMALL && (to = in->heap = malloc(r->len)) == NULL) {
+        q->fault = (struct shmq_fault){"allocate", r->len, 0, ENOMEM};
+        return SHMQ_SYSTEM;
+    }
+    memcpy(to, in->payload, r->len);
+    in->payload = to;
+    return SHMQ_OK;
+}
+
+/* The entry of H to deliver from: of those without an owner the lowest that is committed; -1 when there is none.
+ * Abandoned ones are freed. Caller holds the consuming lock. */
+static int32_t deliverable(struct shmq *q)
+{
+    int32_t best = -1;
+    uint64_t lowest = UINT64_MAX;
+    shmq_hands_trim(&q->claims);
+    for (uint32_t i = 0, top = shmq_hands_top(&q->claims); i < top; i++) {
+        const struct shmq_hand_hdr *e = &q->claims.entry[i];
+        uint64_t pos1 = shmq_hand_pos1(e);
+        if (pos1 == 0 || pos1 >= lowest || shmq_hand_owner(e) != 0)
+            continue;
+        uint8_t state = shmq_ring_state(&q->ring, pos1 - 1);
+        if (state == SHMQ_ABANDONED) {
+            shmq_hands_free(&q->claims, (int32_t)i);
+        } else if (state == SHMQ_COMMITTED) {
+            lowest = pos1;
+            best = (int32_t)i;
+        }
+    }
+    return best;
+}
+
+/* Deliver the first record of entry i. One store to the entry decides. */
+static int take_from_hand(struct shmq *q, int32_t i, uint8_t *scratch, struct shmq_in *in)
+{
+    const struct shmq_hand_hdr *e = &q->claims.entry[i];
+    struct shmq_record r;
+    uint64_t pos = shmq_hand_pos1(e) - 1, end = shmq_hand_end(e);
+    if (!shmq_ring_read(&q->ring, pos, end, &r))
+        return shmq_corrupt(q, "length of a record in hand", r.len, end - pos);
+    bool is_single = pos + shmq_record_size(r.len) == end;
+    if (r.len > SHMQ_SMALL && is_single && shmq_hands_owned(&q->claims) < SHMQ_H_CLAIMS) {
+        shmq_hands_claim(&q->claims, i, q->self);
+        describe(q, &r, i, in);
+        return SHMQ_OK;
+    }
+    int rc = copy_out(q, &r, scratch, in);
+    if (rc == SHMQ_OK)
+        shmq_hands_advance(&q->claims, i, pos + shmq_record_size(r.len));
+    return rc;
+}
+
+/* Move past what can't be delivered at the front: abandoned records, and live reservations, which go to H.
+ * OK: *r is a committed record | EMPTY | CORRUPT. Caller holds the consuming lock; *mark is not published yet. */
+static int skip(struct shmq *q, uint64_t put_pos, struct shmq_mark *mark, struct shmq_record *r)
+{
+    for (; mark->pos < put_pos; *mark = (struct shmq_mark){mark->pos + shmq_record_size(r->len), mark->count + 1}) {
+        uint8_t state = shmq_ring_state(&q->ring, mark->pos);
+        if (!shmq_ring_read(&q->ring, mark->pos, put_pos, r))
+            return shmq_corrupt(q, "length of a record", r->len, put_pos - mark->pos);
+        if (state == SHMQ_COMMITTED)
+            return SHMQ_OK;
+        if (state != SHMQ_RESERVED && state != SHMQ_ABANDONED)
+            return shmq_corrupt(q, "state of a record", state, SHMQ_ABANDONED);
+        uint64_t end = mark->pos + shmq_record_size(r->len);
+        if (state == SHMQ_RESERVED && shmq_hands_take(&q->claims, mark->pos, end, 0) < 0)
+            return shmq_corrupt(q, "passed reservations", SHMQ_H_ENTRIES, SHMQ_R_ENTRIES);
+    }
+    return SHMQ_EMPTY;
+}
+
+/* Take the record at the front of the ring. Caller holds the consuming lock. */
+static int take_from_ring(struct shmq *q, uint64_t put_pos, struct shmq_mark mark, uint8_t *scratch, struct shmq_in *in)
+{
+    struct shmq_side_hdr *side = shmq_side(q, SHMQ_CONSUMING);
+    struct shmq_record r;
+    uint64_t start = mark.pos;
+    int rc = skip(q, put_pos, &mark, &r);
+    if (rc == SHMQ_OK) {
+        struct shmq_mark next = {mark.pos + shmq_record_size(r.len), mark.count + 1};
+        int32_t hand = -1;
+        if (r.len > SHMQ_SMALL && shmq_hands_owned(&q->claims) < SHMQ_H_CLAIMS)
+            hand = shmq_hands_take(&q->claims, mark.pos, next.pos, q->self);
+        if (hand >= 0)
+            describe(q, &r, hand, in);
+        else
+            rc = copy_out(q, &r, scratch, in);
+        if (rc == SHMQ_OK)
+            mark = next;
+    }
+    if (mark.pos != start)
+        shmq_side_publish(side, mark); /* a death before leaves all in place, one after takes it along */
+    return rc;
+}
+
+/* Take the oldest record. Caller holds the consuming lock, which is let go of. put_pos is read before H is looked at, and
+ * nothing at or beyond it is taken: else a record put after a passed reservation's commit could overtake it. */
+static int get_locked(struct shmq *q, uint8_t *scratch, struct shmq_in *in)
+{
+    struct shmq_mark mark = shmq_side_mark(shmq_side(q, SHMQ_CONSUMING));
+    uint64_t put_pos;
+    int rc = read_put_pos(q, mark.pos, &put_pos);
+    if (rc == SHMQ_OK) {
+        int32_t i = shmq_hands_top(&q->claims) > 0 ? deliverable(q) : -1;
+        rc = i >= 0 ? take_from_hand(q, i, scratch, in) : take_from_ring(q, put_pos, mark, scratch, in);
+    }
+    shmq_leave_side(q, SHMQ_CONSUMING);
+    return rc;
+}
+
+int shmq_get_try(struct shmq *q, uint8_t *scratch, struct shmq_in *in)
+{
+    int rc = shmq_usable(q);
+    if (rc != SHMQ_OK)
+        return rc;
+    if (!try_side(q, SHMQ_CONSUMING))
+        return SHMQ_BUSY;
+    if ((rc = get_locked(q, scratch, in)) == SHMQ_OK)
+        after_get(q);
+    return rc;
+}
+
+/* The run of small committed records at the front, claimed as one. */
+static int get_batch_locked(struct shmq *q, struct shmq_in *in, uint32_t *n)
+{
+    struct shmq_mark mark = shmq_side_mark(shmq_side(q, SHMQ_CONSUMING));
+    struct shmq_record r[SHMQ_MAX_BATCH];
+    uint64_t put_pos, start = mark.pos;
+    uint32_t want = *n < SHMQ_MAX_BATCH ? *n : SHMQ_MAX_BATCH;
+    *n = 0;
+    int rc = read_put_pos(q, mark.pos, &put_pos);
+    if (rc != SHMQ_OK)
+        return rc;
+    if (shmq_hands_top(&q->claims) > 0 && (deliverable(q) >= 0 || shmq_hands_owned(&q->claims) >= SHMQ_H_CLAIMS))
+        return SHMQ_EMPTY; /* those come first, one by one */
+    for (; *n < want && mark.pos < put_pos; mark.count++) {
+        if (shmq_ring_state(&q->ring, mark.pos) != SHMQ_COMMITTED || !shmq_ring_read(&q->ring, mark.pos, put_pos, &r[*n]) ||
+            r[*n].len > SHMQ_SMALL)
+            break; /* shmq_get_try deals with it */
+        mark.pos += shmq_record_size(r[(*n)++].len);
+    }
+    if (*n == 0)
+        return SHMQ_EMPTY;
+    int32_t hand = shmq_hands_take(&q->claims, start, mark.pos, q->self);
+    if (hand < 0)
+        return shmq_corrupt(q, "claims", SHMQ_H_ENTRIES, SHMQ_H_CLAIMS);
+    for (uint32_t i = 0; i < *n; i++)
+        describe(q, &r[i], hand, &in[i]);
+    shmq_side_publish(shmq_side(q, SHMQ_CONSUMING), mark);
+    return SHMQ_OK;
+}
+
+int shmq_get_batch_try(struct shmq *q, struct shmq_in *in, uint32_t *n)
+{
+    int rc = shmq_usable(q);
+    if (rc != SHMQ_OK)
+        return rc;
+    if (!try_side(q, SHMQ_CONSUMING))
+        return SHMQ_BUSY;
+    rc = get_batch_locked(q, in, n);
+    shmq_leave_side(q, SHMQ_CONSUMING);
+    if (rc == SHMQ_OK)
+        after_get(q);
+    return rc;
+}
+
+void shmq_give_back_from(struct shmq *q, int32_t hand, uint64_t pos)
+{
+    shmq_hands_advance(&q->claims, hand, pos);
+    if (shmq_hand_pos1(&q->claims.entry[hand]) != 0)
+        shmq_hands_give_back(&q->claims, hand); /* dies before: swept to the same */
+    atomic_thread_fence(memory_order_seq_cst);
+    shmq_items_wake(&q->seg->waiters, 1);
+    after_get(q);
+}
+
+void shmq_release(struct shmq *q, int32_t hand)
+{
+    shmq_hands_free(&q->claims, hand);
+    after_get(q);
+}
+
+/* ---- sweep */
+
+static void sweep_producing(struct shmq *q)
+{
+    struct shmq_mark get;
+    uint64_t seq, free_pos;
+    bool changed = false;
+    if (shmq_hands_top(&q->reservations) == 0 ||
+        shmq_enter_side(q, SHMQ_PRODUCING, shmq_now_ns() + SWEEP_LOCK_NS) != SHMQ_OK)
+        return;
+    shmq_hands_trim(&q->reservations);
+    if (read_free_pos(q, &free_pos) == SHMQ_OK && shmq_side_read(shmq_side(q, SHMQ_CONSUMING), &get, &seq)) {
+        changed = shmq_hands_sweep_reservations(&q->reservations, &q->ring, free_pos, shmq_is_dead, q);
+        shmq_hands_settle_reservations(&q->reservations, get.pos);
+    }
+    shmq_leave_side(q, SHMQ_PRODUCING);
+    if (changed)
+        after_put(q); /* it may have died between its commit and the wake */
+}
+
+static void sweep_consuming(struct shmq *q)
+{
+    struct shmq_mark mark;
+    struct shmq_record r;
+    uint64_t put_pos, start;
+    if (shmq_enter_side(q, SHMQ_CONSUMING, shmq_now_ns() + SWEEP_LOCK_NS) != SHMQ_OK)
+        return;
+    shmq_hands_sweep_claims(&q->claims, shmq_is_dead, q);
+    mark = shmq_side_mark(shmq_side(q, SHMQ_CONSUMING));
+    start = mark.pos;
+    if (read_put_pos(q, mark.pos, &put_pos) == SHMQ_OK) {
+        deliverable(q); /* frees what was abandoned after get_pos had passed it */
+        skip(q, put_pos, &mark, &r);
+        if (mark.pos != start)
+            shmq_side_publish(shmq_side(q, SHMQ_CONSUMING), mark);
+    }
+    shmq_leave_side(q, SHMQ_CONSUMING);
+    atomic_thread_fence(memory_order_seq_cst); /* [W2] */
+    if (may_take(q))
+        shmq_items_wake(&q->seg->waiters, 1);
+    offer_room(q, true);
+}
+
+/* Take what the dead hold out of their hands, on both sides, one lock at a time; not too often. */
+static void sweep(struct shmq *q)
+{
+    uint64_t now = shmq_now_ns(), next = atomic_load_explicit(&q->next_sweep_ns, memory_order_relaxed);
+    if (now < next || !atomic_compare_exchange_strong_explicit(&q->next_sweep_ns, &next, now + SWEEP_EVERY_NS,
+                                                               memory_order_relaxed, memory_order_relaxed))
+        return;
+    sweep_producing(q);
+    sweep_consuming(q);
+}
+
+bool shmq_is_in_hand(const struct shmq *q)
+{
+    return shmq_hands_top(&q->reservations) > 0 || shmq_hands_top(&q->claims) > 0;
+}
+
+/* ---- wait */
+
+/* Sleep until woken, at most until the deadline; a sleep that just runs out ends in a sweep. OK | INTR */
+static int sleep_by(struct shmq *q, _Atomic uint32_t *count, uint32_t key, uint64_t deadline_ns)
+{
+    uint64_t now = shmq_now_ns(), slice = shmq_is_in_hand(q) ? WAIT_IN_HAND_NS : WAIT_NS;
+    if (deadline_ns <= now)
+        return SHMQ_OK;
+    int rc = shmq_sleep(count, key, earlier(slice, deadline_ns - now));
+    if (rc == ETIMEDOUT)
+        sweep(q);
+    return rc == 0 ? SHMQ_OK : SHMQ_INTR;
+}
+
+/* Time is up. One more look is worth it if something was in hand: its owner may be dead. */
+static bool swept_at_the_end(struct shmq *q, bool *is_swept)
+{
+    if (*is_swept || !shmq_is_in_hand(q))
+        return false;
+    *is_swept = true;
+    sweep(q);
+    return true;
+}
+
+static int wait_for_room(struct shmq *q, uint64_t bytes, uint64_t deadline_ns)
+{
+    struct shmq_waiters_hdr *w = &q->seg->waiters;
+    uint32_t key = shmq_room_begin(w, bytes);
+    if (free_bytes(q) >= bytes || atomic_load(&q->is_closing))
+        return SHMQ_OK;
+    return sleep_by(q, &w->room, key, deadline_ns);
+}
+
+/* `seen`: the producing side's seq from before the queue was found empty. */
+static int wait_for_items(struct shmq *q, uint64_t seen, uint64_t deadline_ns)
+{
+    struct shmq_waiters_hdr *w = &q->seg->waiters;
+    atomic_thread_fence(memory_order_seq_cst); /* [W2] */
+    offer_room(q, true); /* nobody will take anything for a while, so a good part may never be free */
+    if (q->may_spin && shmq_spin(&q->spin, &shmq_side(q, SHMQ_PRODUCING)->seq, seen))
+        return SHMQ_OK;
+    uint32_t key = shmq_items_begin(w);
+    if (may_take(q) || atomic_load(&q->is_closing))
+        return SHMQ_OK;
+    int rc = sleep_by(q, &w->items, key, deadline_ns);
+    if (rc == SHMQ_OK)
+        shmq_items_begin(w); /* who woke us has lowered the flag; others may still be asleep */
+    return rc;
+}
+
+static int put_wait(struct shmq *q, const struct shmq_out *outs, uint32_t n, uint32_t *done, uint64_t deadline_ns)
+{
+    bool is_swept = false;
+    for (;;) {
+        if (atomic_load(&q->is_closing))
+            return SHMQ_CLOSED;
+        int rc = enter_side_by(q, SHMQ_PRODUCING, deadline_ns);
+        if (rc == SHMQ_OK)
+            rc = put_locked(q, outs, n, done);
+        if (rc == SHMQ_OK)
+            after_put(q);
+        if (rc != SHMQ_FULL)
+            return rc;
+        if (shmq_now_ns() >= deadline_ns) {
+            if (!swept_at_the_end(q, &is_swept))
+                return SHMQ_FULL;
+        } else if (wait_for_room(q, outs[0].size, deadline_ns) != SHMQ_OK) {
+            if (shmq_now_ns() < deadline_ns)
+                return SHMQ_INTR;
+        }
+    }
+}
+
+int shmq_put_wait(struct shmq *q, const struct shmq_out *outs, uint32_t n, uint32_t *done, uint64_t deadline_ns)
+{
+    *done = 0;
+    int rc = shmq_hold(q);
+    if (rc != SHMQ_OK)
+        return rc;
+    rc = put_wait(q, outs, n, done, deadline_ns);
+    shmq_let_go(q);
+    return rc;
+}
+
+static int get_wait(struct shmq *q, uint8_t *scratch, struct shmq_in *in, uint64_t deadline_ns)
+{
+    bool is_swept = false;
+    for (;;) {
+        if (atomic_load(&q->is_closing))
+            return SHMQ_CLOSED;
+        uint64_t seen = atomic_load_explicit(&shmq_side(q, SHMQ_PRODUCING)->seq, memory_order_relaxed);
+        int rc = enter_side_by(q, SHMQ_CONSUMING, deadline_ns);
+        if (rc == SHMQ_OK)
+            rc = get_locked(q, scratch, in);
+        if (rc == SHMQ_OK)
+            after_get(q);
+        if (rc != SHMQ_EMPTY)
+            return rc;
+        if (shmq_now_ns() >= deadline_ns) {
+            if (!swept_at_the_end(q, &is_swept))
+                return SHMQ_EMPTY;
+        } else if (wait_for_items(q, seen, deadline_ns) != SHMQ_OK) {
+            if (shmq_now_ns() < deadline_ns)
+                return SHMQ_INTR;
+        }
+    }
+}
+
+int shmq_get_wait(struct shmq *q, uint8_t *scratch, struct shmq_in *in, uint64_t deadline_ns)
+{
+    int rc = shmq_hold(q);
+    if (rc != SHMQ_OK)
+        return rc;
+    rc = get_wait(q, scratch, in, deadline_ns);
+    shmq_let_go(q);
+    return rc;
+}
+
+/* ---- clear */
+
+/* Put the reservations in [get_pos, put_pos) into H, as skip() does one by one. */
+static int pass_reservations(struct shmq *q, uint64_t get_pos, uint64_t put_pos)
+{
+    for (uint32_t i = 0, top = shmq_hands_top(&q->reservations); i < top; i++) {
+        uint64_t pos = shmq_hand_pos1(&q->reservations.entry[i]) - 1;
+        struct shmq_record r;
+        if (pos < get_pos || pos >= put_pos || shmq_ring_state(&q->ring, pos) != SHMQ_RESERVED)
+            continue; /* passed already, newer than this clear(), or no longer a reservation */
+        if (!shmq_ring_read(&q->ring, pos, put_pos, &r))
+            return shmq_corrupt(q, "length of a reservation", r.len, put_pos - pos);
+        if (shmq_hands_take(&q->claims, pos, pos + shmq_record_size(r.len), 0) < 0)
+            return shmq_corrupt(q, "passed reservations", SHMQ_H_ENTRIES, SHMQ_R_ENTRIES);
+    }
+    return SHMQ_OK;
+}
+
+/* Drop what is below put: the items, by one publication; live reservations among them go to H. */
+static int clear_locked(struct shmq *q)
+{
+    struct shmq_mark put, get = shmq_side_mark(shmq_side(q, SHMQ_CONSUMING));
+    uint64_t seq;
+    if (!shmq_side_read(shmq_side(q, SHMQ_PRODUCING), &put, &seq) || put.pos - get.pos > q->ring.capacity)
+        return shmq_corrupt(q, "put_pos", put.pos, get.pos + q->ring.capacity);
+    for (int32_t i; (i = deliverable(q)) >= 0;)
+        shmq_hands_free(&q->claims, i);
+    int rc = pass_reservations(q, get.pos, put.pos);
+    if (rc != SHMQ_OK)
+        shmq_hands_void(&q->claims, get.pos);
+    else if (put.pos != get.pos)
+        shmq_side_publish(shmq_side(q, SHMQ_CONSUMING), put);
+    return rc;
+}
+int shmq_clear(struct shmq *q, uint64_t deadline_ns)
+{
+    int rc = shmq_hold(q);
+    if (rc != SHMQ_OK)
+        return rc;
+    if ((rc = enter_side_by(q, SHMQ_CONSUMING, deadline_ns)) == SHMQ_OK) {
+        rc = clear_locked(q);
+        shmq_leave_side(q, SHMQ_CONSUMING);
+        after_get(q);
+    }
+    shmq_let_go(q);
+    return rc;
+}

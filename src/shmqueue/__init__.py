@@ -1,0 +1,22 @@
+"""shmqueue: a named FIFO queue in shared memory. Any process on the machine opens it by name.
+
+>>> q = ShmQueue("jobs"); q.put({"hello": "world"}); item = q.get(timeout=2.0)
+"""
+
+from . import exceptions
+from .queue import SIZE_HEADER, SYSTEM_PAGESIZE, ShmQueue, ShmRefDataSnapshot
+from .reflog import DebugRefLogAction
+from .serialization import SerializationMethods
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "SIZE_HEADER",
+    "SYSTEM_PAGESIZE",
+    "DebugRefLogAction",
+    "SerializationMethods",
+    "ShmQueue",
+    "ShmRefDataSnapshot",
+    "__version__",
+    "exceptions",
+]

@@ -1,0 +1,46 @@
+/* binding.h - what the files of the binding share: the handle object, and records as objects (codec.c). */
+#ifndef SHMQUEUE_BINDING_H
+#define SHMQUEUE_BINDING_H
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include "shmq.h"
+
+/* A handle. Policy and messages live in the Python class that inherits from it (queue.py): `_encode`, `_decode`,
+ * `_failed`, `_bad_timeout`. */
+struct handle {
+    PyObject_HEAD
+    struct shmq *q;
+    PyObject *pack, *pack_options; /* pack(data, None, pack_options) -> bytes, or raises */
+    PyObject *unpack;              /* unpack(bytes) -> object, or raises */
+    PyObject *pending;             /* the error that get_many() kept for the next call */
+};
+
+/* An object on its way into the ring. */
+struct encoded {
+    struct shmq_out out;
+    struct shmq_part inline_parts[2];
+    struct shmq_part *parts;
+    Py_buffer *views; /* n_views buffers kept */
+    Py_ssize_t n_views;
+    PyObject *owner; /* what else is kept alive */
+    uint8_t head[8];
+};
+
+/* Encode `data`. method: NULL for the default. 0, or -1 with an exception. Release what was encoded afterwards. */
+int codec_encode(struct handle *self, PyObject *data, PyObject *method, struct encoded *e);
+void codec_release(struct encoded *e);
+
+/* A record's payload as an object of ours: the one copy. bytes, or for the out-of-band method a writable memoryview. */
+PyObject *codec_copy(const struct shmq_in *in);
+
+/* Does the payload hold nothing but bytes (a msgpack bin)? Then its head's length, else 0. */
+size_t codec_is_bytes(const struct shmq_in *in);
+
+/* The object of a payload that codec_copy() made. */
+PyObject *codec_decode(struct handle *self, uint32_t method, uint32_t phase, PyObject *payload);
+
+extern PyType_Spec handle_spec;
+
+#endif

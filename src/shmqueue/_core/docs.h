@@ -1,0 +1,75 @@
+/* docs.h - the docstrings of the calls that are in C; first the signature, as inspect reads it. */
+#ifndef SHMQUEUE_DOCS_H
+#define SHMQUEUE_DOCS_H
+
+#include <Python.h>
+
+PyDoc_STRVAR(put_doc,
+"put($self, data, block=True, timeout=None, serialization_method=0)\n--\n\n"
+"Put an item at the end of the queue.\n\n"
+"Once this has returned the item can be got, whatever becomes of this process.\n\n"
+"Args:\n"
+"    data: The item. None, bool, int, float, str, bytes, list and dict take 8 + len(msgpack.packb(data))\n"
+"        bytes, everything else 8 + len(pickle.dumps(data, 5)), numpy arrays a little more.\n"
+"    block: Wait for room; otherwise raise ShmQueueFull when there is none now.\n"
+"    timeout: Seconds to wait at most; None waits without end. Ignored unless block.\n"
+"    serialization_method: One of SerializationMethods, or an id of your own from 1001 on.\n"
+"Raises:\n"
+"    ShmQueueFull: it didn't fit in time.\n"
+"    ShmQueueValueError: it is larger than the queue, or the timeout is negative.\n"
+"    ShmQueueSerializationError: it can't be turned into bytes.\n"
+"    NotImplementedError: there is no serializer for the method.\n"
+"    ShmQueueNotInitializedError: the handle has been shut down.\n"
+"    In each case the queue is unchanged.");
+
+PyDoc_STRVAR(put_nowait_doc,
+"put_nowait($self, data, serialization_method=0)\n--\n\n"
+"The same as put(data, block=False).");
+
+PyDoc_STRVAR(put_many_doc,
+"put_many($self, items, block=True, timeout=None, serialization_method=0)\n--\n\n"
+"Put the items of an iterable, many at a time; return how many.\n\n"
+"The arguments are those of put(); the timeout is for all of them. Other producers' items may come between.\n\n"
+"Raises:\n"
+"    As put() does, and what the iterable raises. Every error has `.accepted`, how many items went in and\n"
+"    stay in, and `.remaining`, an iterator over the others that begins with the one not accepted.");
+
+PyDoc_STRVAR(get_doc,
+"get($self, block=True, timeout=None)\n--\n\n"
+"Remove and return the oldest item.\n\n"
+"Args:\n"
+"    block: Wait for an item; otherwise raise ShmQueueEmpty when there is none now.\n"
+"    timeout: Seconds to wait at most; None waits without end. Ignored unless block.\n"
+"Raises:\n"
+"    ShmQueueEmpty: no item came in time.\n"
+"    ShmQueueDeserializationError: its bytes can't be turned back; they are in `.payload`, and off the queue.\n"
+"    ShmQueueNotInitializedError: the handle has been shut down, here or by another thread meanwhile.");
+
+PyDoc_STRVAR(get_nowait_doc,
+"get_nowait($self)\n--\n\n"
+"The same as get(block=False).");
+
+PyDoc_STRVAR(get_many_doc,
+"get_many($self, max_items=None, block=True, timeout=None)\n--\n\n"
+"Remove and return up to max_items items, oldest first, waiting for the first one only.\n\n"
+"Args:\n"
+"    max_items: Most items to take, 1 or more; None takes all that are there now.\n"
+"    block, timeout: As for get().\n"
+"Returns:\n"
+"    A list of 1..max_items items.\n"
+"Raises:\n"
+"    As get() does. When a later item than the first can't be turned back, those before it are returned, the\n"
+"    error comes at the next call, and what follows it stays in the queue.");
+
+PyDoc_STRVAR(qsize_doc, "qsize($self)\n--\n\nItems put and not yet taken, at the instant of the call.");
+PyDoc_STRVAR(empty_doc, "empty($self)\n--\n\nWhether there is no item, at the instant of the call.");
+PyDoc_STRVAR(full_doc, "full($self)\n--\n\nWhether not a single byte is free, at the instant of the call.");
+PyDoc_STRVAR(occupancy_doc,
+"buffer_occupancy($self)\n--\n\n"
+"Bytes of the ring in use, at the instant of the call: the items in it, those being put, and those being copied out.");
+PyDoc_STRVAR(max_buffer_size_doc, "max_buffer_size($self)\n--\n\nBytes of the ring, as the queue was created.");
+PyDoc_STRVAR(clear_doc,
+"clear($self)\n--\n\n"
+"Drop every item that nobody has in hand; puts that are under way stay.");
+
+#endif

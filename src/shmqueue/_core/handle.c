@@ -1,0 +1,801 @@
+/* handle.c - the type `shmqueue._core.Handle`: put, get and the status calls, translated.
+ * What can be done at once is done with the GIL held (about 100 ns). What has to wait, or copies much, is done without
+ * it, in slices, between which Python's signal handlers run. */
+#include "binding.h"
+#include "docs.h"
+
+#define BIG_PUT (64 * 1024)       /* bytes; from here on the GIL is worth releasing */
+#define BATCH_BYTES (64 * 1024)   /* payload bytes after which a batch is sent off */
+
+static PyObject *fail(struct handle *self, int status, uint64_t bytes, PyObject *timeout)
+{
+    PyObject *result = PyObject_CallMethod((PyObject *)self, "_failed", "iKO", status, (unsigned long long)bytes,
+                                           timeout ? timeout : Py_None);
+    Py_XDECREF(result); /* it raises */
+    if (!PyErr_Occurred())
+        PyErr_SetString(PyExc_SystemError, "_failed() returned");
+    return NULL;
+}
+
+/* A forked child's first call makes the attachment its own. 0, or -1 with an exception. */
+static int ready(struct handle *self)
+{
+    int rc = self->q == NULL ? SHMQ_CLOSED : shmq_usable(self->q);
+    if (rc == SHMQ_FORKED)
+        rc = shmq_adopt(self->q);
+    if (rc == SHMQ_OK)
+        return 0;
+    fail(self, rc, 0, NULL);
+    return -1;
+}
+
+/* ---- arguments */
+
+struct wait {
+    PyObject *timeout; /* as given, for messages */
+    int block;
+    double seconds; /* < 0: without end */
+};
+
+#define WAIT_FOR_EVER {NULL, 1, -1}
+#define DONT_WAIT {NULL, 0, -1}
+#define UNKNOWN 1 /* a deadline not worked out yet; on the way of most calls nobody asks for the time */
+
+static int parse_wait(struct handle *self, PyObject *block, PyObject *timeout, struct wait *w)
+{
+    *w = (struct wait){timeout, block == NULL ? 1 : PyObject_IsTrue(block), -1};
+    if (w->block < 0)
+        return -1;
+    if (!w->block || timeout == NULL || timeout == Py_None) {
+        w->timeout = NULL;
+        return 0;
+    }
+    w->seconds = PyFloat_AsDouble(timeout);
+    if (!PyErr_Occurred() && w->seconds >= 0)
+        return 0;
+    PyErr_Clear();
+    PyObject *result = PyObject_CallMethod((PyObject *)self, "_bad_timeout", "O", timeout);
+    Py_XDECREF(result); /* it raises */
+    return -1;
+}
+
+static uint64_t deadline_of(const struct wait *w)
+{
+    if (!w->block)
+        return 0;
+    if (w->seconds < 0 || w->seconds > 9e9)
+        return SHMQ_FOREVER;
+    return shmq_now_ns() + (uint64_t)(w->seconds * 1e9);
+}
+
+/* Positional and keyword arguments of a METH_FASTCALL method into values[n], NULL where not given. */
+static int parse(const char *method, const char *const *names, Py_ssize_t n, Py_ssize_t required, PyObject *const *args,
+                 Py_ssize_t nargs, PyObject *kwnames, PyObject **values)
+{
+    for (Py_ssize_t i = 0; i < n; i++)
+        values[i] = i < nargs ? args[i] : NULL;
+    if (nargs > n) {
+        PyErr_Format(PyExc_TypeError, "%s() takes at most %zd arguments (%zd given)", method, n, nargs);
+        return -1;
+    }
+    for (Py_ssize_t k = 0; kwnames != NULL && k < PyTuple_GET_SIZE(kwnames); k++) {
+        PyObject *name = PyTuple_GET_ITEM(kwnames, k);
+        Py_ssize_t i = 0;
+        while (i < n && PyUnicode_CompareWithASCIIString(name, names[i]) != 0)
+            i++;
+        if (i == n || values[i] != NULL) {
+            PyErr_Format(PyExc_TypeError, i == n ? "%s() got an unexpected keyword argument '%U'"
+                                                 : "%s() got multiple values for argument '%U'", method, name);
+            return -1;
+        }
+        values[i] = args[nargs + k];
+    }
+    for (Py_ssize_t i = 0; i < required; i++)
+        if (values[i] == NULL) {
+            PyErr_Format(PyExc_TypeError, "%s() missing required argument: '%s'", method, names[i]);
+            return -1;
+        }
+    return 0;
+}
+
+/* ---- put */
+
+/* Put records until `deadline`, at least one. A status, or -1 with an exception. */
+static int put_out(struct handle *self, const struct shmq_out *outs, uint32_t n, uint32_t *done, const struct wait *w,
+                   uint64_t *deadline)
+{
+    int rc = SHMQ_BUSY;
+    if (outs[0].size < BIG_PUT)
+        rc = shmq_put_try(self->q, outs, n, done);
+    while (rc == SHMQ_FORKED || rc == SHMQ_INTR || rc == SHMQ_BUSY ||
+           (rc == SHMQ_FULL && (w->block || shmq_is_in_hand(self->q)))) {
+        if (rc == SHMQ_INTR ? PyErr_CheckSignals() < 0 : rc == SHMQ_FORKED && ready(self) < 0)
+            return -1;
+        if (*deadline == UNKNOWN)
+            *deadline = deadline_of(w);
+        Py_BEGIN_ALLOW_THREADS
+        rc = shmq_put_wait(self->q, outs, n, done, *deadline);
+        Py_END_ALLOW_THREADS
+        if (rc == SHMQ_FULL || rc == SHMQ_BUSY)
+            break; /* the deadline has passed */
+    }
+    return rc;
+}
+
+static PyObject *put(struct handle *self, PyObject *data, PyObject *method, const struct wait *w)
+{
+    struct encoded e;
+    uint64_t deadline = UNKNOWN;
+    uint32_t done;
+    if (self->q == NULL)
+        return fail(self, SHMQ_CLOSED, 0, NULL);
+    if (codec_encode(self, data, method, &e) < 0)
+        return NULL;
+    int rc = put_out(self, &e.out, 1, &done, w, &deadline);
+    uint64_t size = e.out.size;
+    codec_release(&e);
+    if (rc == SHMQ_OK)
+        Py_RETURN_NONE;
+    return rc < 0 ? NULL : fail(self, rc, size, w->timeout);
+}
+
+static PyObject *handle_put(struct handle *self, PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames)
+{
+    static const char *const names[] = {"data", "block", "timeout", "serialization_method"};
+    PyObject *v[4];
+    struct wait w = WAIT_FOR_EVER;
+    if (nargs == 1 && kwnames == NULL)
+        return put(self, args[0], NULL, &w);
+    if (parse("put", names, 4, 1, args, nargs, kwnames, v) < 0 || parse_wait(self, v[1], v[2], &w) < 0)
+        return NULL;
+    return put(self, v[0], v[3], &w);
+}
+
+static PyObject *handle_put_nowait(struct handle *self, PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames)
+{
+    static const char *const names[] = {"data", "serialization_method"};
+    PyObject *v[2];
+    struct wait w = DONT_WAIT;
+    if (parse("put_nowait", names, 2, 1, args, nargs, kwnames, v) < 0)
+        return NULL;
+    return put(self, v[0], v[1], &w);
+}
+
+/* ---- put_many */
+
+struct batch {
+    struct encoded e[SHMQ_MAX_BATCH];
+    struct shmq_out out[SHMQ_MAX_BATCH];
+    PyObject *data[SHMQ_MAX_BATCH];
+    uint32_t n;
+    uint64_t bytes;
+};
+
+static void drop_first(struct batch *b, uint32_t n)
+{
+    for (uint32_t i = 0; i < n; i++) {
+        codec_release(&b->e[i]);
+        Py_DECREF(b->data[i]);
+    }
+}
+
+/* Send the whole batch off. On return b->n items from `*sent` on are still there. A status, or -1. */
+static int send_batch(struct handle *self, struct batch *b, uint32_t *sent, const struct wait *w, uint64_t *deadline)
+{
+    int rc = SHMQ_OK;
+    *sent = 0;
+    for (uint32_t i = 0; i < b->n; i++)
+        b->out[i] = b->e[i].out;
+    while (rc == SHMQ_OK && *sent < b->n) {
+        uint32_t done = 0;
+        rc = put_out(self, b->out + *sent, b->n - *sent, &done, w, deadline);
+        *sent += done;
+    }
+    return rc;
+}
+
+/* The exception that is set learns how far we came: the items not put, then the rest of the iterable. */
+static void describe_rest(struct handle *self, PyObject *left, PyObject *rest, Py_ssize_t accepted)
+{
+    PyObject *type, *error, *trace;
+    PyErr_Fetch(&type, &error, &trace);
+    PyErr_NormalizeException(&type, &error, &trace);
+    PyObject *result = PyObject_CallMethod((PyObject *)self, "_put_so_far", "OnOO", error, accepted, left, rest);
+    if (result == NULL)
+        PyErr_Clear(); /* an exception that takes no attributes */
+    Py_XDECREF(result);
+    PyErr_Restore(type, error, trace);
+}
+
+/* Read items until the batch is full. 0: go on; 1: the iterable has ended; -1: an exception, with *refused the item. */
+static int fill_batch(struct handle *self, PyObject *iterator, PyObject *method, struct batch *b, PyObject **refused)
+{
+    for (b->n = 0, b->bytes = 0; b->n < SHMQ_MAX_BATCH && b->bytes < BATCH_BYTES;) {
+        PyObject *data = PyIter_Next(iterator);
+        if (data == NULL)
+            return PyErr_Occurred() ? -1 : 1;
+        if (codec_encode(self, data, method, &b->e[b->n]) < 0) {
+            *refused = data;
+            return -1;
+        }
+        if (b->e[b->n].parts == NULL) /* its parts moved along with it */
+            b->e[b->n].out.parts = b->e[b->n].inline_parts;
+        b->bytes += b->e[b->n].out.size;
+        b->data[b->n++] = data;
+    }
+    return 0;
+}
+
+static PyObject *list_of_rest(struct batch *b, uint32_t from, PyObject *refused)
+{
+    PyObject *list = PyList_New(0);
+    for (uint32_t i = from; list != NULL && i < b->n; i++)
+        if (PyList_Append(list, b->data[i]) < 0)
+            Py_CLEAR(list);
+    if (list != NULL && refused != NULL && PyList_Append(list, refused) < 0)
+        Py_CLEAR(list);
+    return list;
+}
+
+/* One round: read a batch and put it. 0: go on; 1: all done; -1: an exception. */
+static int put_round(struct handle *self, PyObject *iterator, PyObject *method, struct batch *b, const struct wait *w,
+                     uint64_t *deadline, Py_ssize_t *accepted)
+{
+    PyObject *refused = NULL, *type, *error, *trace;
+    uint32_t sent = 0;
+    int more = fill_batch(self, iterator, method, b, &refused);
+    PyErr_Fetch(&type, &error, &trace); /* what came before the refused item goes in first */
+    int rc = send_batch(self, b, &sent, w, deadline);
+    *accepted += sent;
+    if (rc == SHMQ_OK) {
+        PyErr_Restore(type, error, trace);
+    } else {
+        if (rc > 0)
+            fail(self, rc, b->out[sent].size, w->timeout);
+        Py_XDECREF(type);
+        Py_XDECREF(error);
+        Py_XDECREF(trace);
+    }
+    if (PyErr_Occurred()) {
+        PyErr_Fetch(&type, &error, &trace);
+        PyObject *left = list_of_rest(b, sent, refused);
+        PyErr_Restore(type, error, trace);
+        if (left != NULL)
+            describe_rest(self, left, iterator, *accepted);
+        Py_XDECREF(left);
+        more = -1;
+    }
+    drop_first(b, b->n);
+    Py_XDECREF(refused);
+    return more;
+}
+
+static PyObject *handle_put_many(struct handle *self, PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames)
+{
+    static const char *const names[] = {"items", "block", "timeout", "serialization_method"};
+    PyObject *v[4];
+    struct wait w;
+    uint64_t deadline;
+    Py_ssize_t accepted = 0;
+    int more = 0;
+    if (parse("put_many", names, 4, 1, args, nargs, kwnames, v) < 0 || parse_wait(self, v[1], v[2], &w) < 0 || ready(self) < 0)
+        return NULL;
+    PyObject *iterator = PyObject_GetIter(v[0]);
+    struct batch *b = iterator ? PyMem_Malloc(sizeof *b) : NULL;
+    if (iterator != NULL && b == NULL)
+        PyErr_NoMemory();
+    deadline = deadline_of(&w);
+    while (b != NULL && more == 0)
+        more = put_round(self, iterator, v[3], b, &w, &deadline, &accepted);
+    PyMem_Free(b);
+    Py_XDECREF(iterator);
+    return more == 1 ? PyLong_FromSsize_t(accepted) : NULL;
+}
+
+/* ---- get */
+
+/* Take the oldest record, waiting by `w`. On OK the handle is held if the record is in hand. A status, or -1. */
+static int take(struct handle *self, uint8_t *scratch, struct shmq_in *in, const struct wait *w, uint64_t *deadline)
+{
+    int rc = shmq_get_try(self->q, scratch, in);
+    if (rc == SHMQ_OK && in->hand >= 0)
+        shmq_hold(self->q); /* can't be refused: the GIL keeps closing out */
+    while (rc == SHMQ_FORKED || rc == SHMQ_INTR || rc == SHMQ_BUSY ||
+           (rc == SHMQ_EMPTY && (w->block || shmq_is_in_hand(self->q)))) {
+        if (rc == SHMQ_INTR ? PyErr_CheckSignals() < 0 : rc == SHMQ_FORKED && ready(self) < 0)
+            return -1;
+        if (*deadline == UNKNOWN)
+            *deadline = deadline_of(w);
+        Py_BEGIN_ALLOW_THREADS
+        rc = shmq_hold(self->q);
+        if (rc == SHMQ_OK) {
+            rc = shmq_get_wait(self->q, scratch, in, *deadline);
+            if (rc != SHMQ_OK || in->hand < 0)
+                shmq_let_go(self->q);
+        }
+        Py_END_ALLOW_THREADS
+        if (rc == SHMQ_EMPTY || rc == SHMQ_BUSY)
+            break; /* the deadline has passed */
+    }
+    return rc;
+}
+
+/* A payload that was copied out, on its way to become an object. */
+struct payload {
+    PyObject *bytes;
+    uint32_t method, phase;
+    bool is_object; /* already: the item is bytes */
+};
+
+/* Copy a taken record. One in hand is let go of, or goes back to the front when there is no memory for it. */
+static int copy_payload(struct handle *self, struct shmq_in *in, struct payload *p)
+{
+    size_t head = codec_is_bytes(in);
+    struct shmq_in body = *in;
+    body.payload += head;
+    body.len -= (uint32_t)head;
+    *p = (struct payload){codec_copy(&body), in->method, in->phase, head > 0};
+    if (in->hand >= 0) {
+        if (p->bytes != NULL)
+            shmq_release(self->q, in->hand);
+        else
+            shmq_give_back_from(self->q, in->hand, in->pos);
+        shmq_let_go(self->q);
+    }
+    free(in->heap);
+    return p->bytes != NULL ? 0 : -1;
+}
+
+static PyObject *to_object(struct handle *self, const struct payload *p)
+{
+    if (p->is_object)
+        return p->bytes;
+    PyObject *object = codec_decode(self, p->method, p->phase, p->bytes);
+    Py_DECREF(p->bytes);
+    return object;
+}
+
+static PyObject *take_pending(struct handle *self)
+{
+    PyObject *error = self->pending;
+    self->pending = NULL;
+    PyErr_SetObject((PyObject *)Py_TYPE(error), error);
+    Py_DECREF(error);
+    return NULL;
+}
+
+/* Apart from get_one(), so that the scratch is off the stack before anything is decoded. */
+__attribute__((noinline)) static int take_payload(struct handle *self, const struct wait *w, uint64_t *deadline,
+                                                  struct payload *p)
+{
+    uint8_t scratch[SHMQ_SMALL];
+    struct shmq_in in;
+    int rc = take(self, scratch, &in, w, deadline);
+    return rc == SHMQ_OK ? copy_payload(self, &in, p) : rc;
+}
+
+/* Take one object. NULL with *status: a status, or -1 for an exception. */
+static PyObject *get_one(struct handle *self, const struct wait *w, uint64_t *deadline, int *status)
+{
+    struct payload p;
+    PyObject *object = NULL;
+    if ((*status = take_payload(self, w, deadline, &p)) == SHMQ_OK && (object = to_object(self, &p)) == NULL)
+        *status = -1;
+    return object;
+}
+
+static PyObject *get(struct handle *self, const struct wait *w)
+{
+    uint64_t deadline = UNKNOWN;
+    int status;
+    if (self->q == NULL)
+        return fail(self, SHMQ_CLOSED, 0, NULL);
+    if (self->pending != NULL)
+        return take_pending(self);
+    PyObject *object = get_one(self, w, &deadline, &status);
+    return object != NULL || status < 0 ? object : fail(self, status, 0, w->timeout);
+}
+
+static PyObject *handle_get(struct handle *self, PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames)
+{
+    static const char *const names[] = {"block", "timeout"};
+    PyObject *v[2];
+    struct wait w = WAIT_FOR_EVER;
+    if (nargs == 0 && kwnames == NULL)
+        return get(self, &w);
+    if (parse("get", names, 2, 0, args, nargs, kwnames, v) < 0 || parse_wait(self, v[0], v[1], &w) < 0)
+        return NULL;
+    return get(self, &w);
+}
+
+static PyObject *handle_get_nowait(struct handle *self, PyObject *Py_UNUSED(none))
+{
+    struct wait w = DONT_WAIT;
+    return get(self, &w);
+}
+
+static PyObject *handle_next(struct handle *self)
+{
+    struct wait w = WAIT_FOR_EVER;
+    return get(self, &w);
+}
+
+/* ---- get_many */
+
+/* Append the objects of a batch in hand. What follows one that fails goes back to the front. 0 or -1 */
+static int append_batch(struct handle *self, PyObject *list, const struct shmq_in *in, uint32_t n)
+{
+    uint32_t i = 0;
+    int rc = 0;
+    for (; i < n && rc == 0; i++) {
+        struct shmq_in one = in[i];
+        struct payload p;
+        one.hand = -1; /* the batch is let go of as a whole */
+        PyObject *object = copy_payload(self, &one, &p) == 0 ? to_object(self, &p) : NULL;
+        rc = object == NULL ? -1 : PyList_Append(list, object);
+        Py_XDECREF(object);
+    }
+    if (i < n)
+        shmq_give_back_from(self->q, in[0].hand, in[i].pos);
+    else
+        shmq_release(self->q, in[0].hand);
+    return rc;
+}
+
+/* Append up to `max` objects that are there now. A status (EMPTY: no more), or -1 with an exception. */
+static int append_ready(struct handle *self, PyObject *list, Py_ssize_t max)
+{
+    struct wait now = DONT_WAIT;
+    struct shmq_in in[SHMQ_MAX_BATCH];
+    uint64_t deadline = 0;
+    while (PyList_GET_SIZE(list) < max) {
+        Py_ssize_t room = max - PyList_GET_SIZE(list);
+        uint32_t n = room < (Py_ssize_t)SHMQ_MAX_BATCH ? (uint32_t)room : SHMQ_MAX_BATCH;
+        int rc = shmq_get_batch_try(self->q, in, &n);
+        if (rc == SHMQ_OK)
+            rc = append_batch(self, list, in, n);
+        if (rc == SHMQ_EMPTY || rc == SHMQ_BUSY) { /* the next one isn't of the plain kind, or there is none */
+            PyObject *object = get_one(self, &now, &deadline, &rc);
+            if (object != NULL)
+                rc = PyList_Append(list, object);
+            Py_XDECREF(object);
+        }
+        if (rc != SHMQ_OK)
+            return rc;
+    }
+    return SHMQ_OK;
+}
+
+/* Wait for the first object, then take what is there. */
+static int fill_list(struct handle *self, PyObject *list, Py_ssize_t max, const struct wait *w)
+{
+    uint64_t deadline = UNKNOWN;
+    struct shmq_info info;
+    int rc = append_ready(self, list, max > 0 ? max : 1);
+    if (rc == SHMQ_EMPTY && PyList_GET_SIZE(list) == 0 && w->block) {
+        PyObject *first = get_one(self, w, &deadline, &rc);
+        if (first == NULL)
+            return rc;
+        rc = PyList_Append(list, first);
+        Py_DECREF(first);
+    }
+    if (rc != SHMQ_OK)
+        return rc;
+    if (max == 0 && (rc = shmq_info(self->q, &info)) == SHMQ_OK) /* all there now, however fast more come */
+        max = PyList_GET_SIZE(list) + (Py_ssize_t)info.qsize;
+    return rc == SHMQ_OK ? append_ready(self, list, max) : rc;
+}
+
+static PyObject *handle_get_many(struct handle *self, PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames)
+{
+    static const char *const names[] = {"max_items", "block", "timeout"};
+    PyObject *v[3];
+    struct wait w;
+    Py_ssize_t max = 0;
+    if (parse("get_many", names, 3, 0, args, nargs, kwnames, v) < 0 || parse_wait(self, v[1], v[2], &w) < 0 || ready(self) < 0)
+        return NULL;
+    if (v[0] != NULL && v[0] != Py_None) {
+        PyObject *checked = PyObject_CallMethod((PyObject *)self, "_max_items", "O", v[0]);
+        if (checked == NULL)
+            return NULL;
+        max = PyLong_AsSsize_t(checked);
+        Py_DECREF(checked);
+    }
+    if (self->pending != NULL)
+        return take_pending(self);
+    int rc = shmq_hold(self->q);
+    if (rc != SHMQ_OK)
+        return fail(self, rc, 0, NULL);
+    PyObject *list = PyList_New(0);
+    rc = list == NULL ? -1 : fill_list(self, list, max, &w);
+    shmq_let_go(self->q);
+    if (list != NULL && PyList_GET_SIZE(list) > 0) {
+        if (rc < 0) { /* the error comes at the next call */
+            PyObject *type, *trace;
+            PyErr_Fetch(&type, &self->pending, &trace);
+            PyErr_NormalizeException(&type, &self->pending, &trace);
+            Py_XDECREF(type);
+            Py_XDECREF(trace);
+        }
+        return list;
+    }
+    Py_XDECREF(list);
+    return rc < 0 ? NULL : fail(self, rc, 0, w.timeout);
+}
+
+/* ---- looking */
+
+static PyObject *info_field(struct handle *self, size_t which)
+{
+    struct shmq_info info;
+    if (ready(self) < 0)
+        return NULL;
+    int rc = shmq_info(self->q, &info);
+    if (rc != SHMQ_OK)
+        return fail(self, rc, 0, NULL);
+    uint64_t used = info.put_pos - info.free_pos;
+    switch (which) {
+    case 0:
+        return PyLong_FromUnsignedLongLong(info.qsize);
+    case 1:
+        return PyBool_FromLong(info.qsize == 0);
+    case 2:
+        return PyBool_FromLong(used == shmq_capacity(self->q));
+    case 3:
+        return PyLong_FromUnsignedLongLong(used);
+    default:
+        return Py_BuildValue("(KKKK)", (unsigned long long)info.put_pos, (unsigned long long)info.get_pos,
+                             (unsigned long long)info.free_pos, (unsigned long long)info.qsize);
+    }
+}
+
+static PyObject *handle_qsize(struct handle *self, PyObject *Py_UNUSED(none)) { return info_field(self, 0); }
+static PyObject *handle_empty(struct handle *self, PyObject *Py_UNUSED(none)) { return info_field(self, 1); }
+static PyObject *handle_full(struct handle *self, PyObject *Py_UNUSED(none)) { return info_field(self, 2); }
+static PyObject *handle_occupancy(struct handle *self, PyObject *Py_UNUSED(none)) { return info_field(self, 3); }
+static PyObject *handle_info(struct handle *self, PyObject *Py_UNUSED(none)) { return info_field(self, 4); }
+
+static PyObject *handle_max_buffer_size(struct handle *self, PyObject *Py_UNUSED(none))
+{
+    return ready(self) < 0 ? NULL : PyLong_FromUnsignedLongLong(shmq_capacity(self->q));
+}
+
+static PyObject *handle_clear(struct handle *self, PyObject *Py_UNUSED(none))
+{
+    int rc;
+    if (ready(self) < 0)
+        return NULL;
+    do {
+        Py_BEGIN_ALLOW_THREADS
+        rc = shmq_clear(self->q, shmq_now_ns() + UINT64_C(5000000000));
+        Py_END_ALLOW_THREADS
+        if (rc == SHMQ_INTR && PyErr_CheckSignals() < 0)
+            return NULL;
+    } while (rc == SHMQ_INTR);
+    if (rc != SHMQ_OK)
+        return fail(self, rc, 0, NULL);
+    Py_RETURN_NONE;
+}
+
+static PyObject *handle_refs(struct handle *self, PyObject *Py_UNUSED(none))
+{
+    return ready(self) < 0 ? NULL : PyLong_FromUnsignedLong(shmq_refs(self->q));
+}
+
+static PyObject *handle_ref_add(struct handle *self, PyObject *Py_UNUSED(none))
+{
+    if (ready(self) < 0)
+        return NULL;
+    shmq_ref_add(self->q);
+    Py_RETURN_NONE;
+}
+
+static PyObject *handle_ref_drop(struct handle *self, PyObject *Py_UNUSED(none))
+{
+    return ready(self) < 0 ? NULL : PyBool_FromLong(shmq_ref_drop(self->q));
+}
+
+static PyObject *handle_uuid(struct handle *self, PyObject *Py_UNUSED(none))
+{
+    return ready(self) < 0 ? NULL : PyBytes_FromStringAndSize((const char *)shmq_uuid(self->q), 16);
+}
+
+static PyObject *handle_lock_pid(struct handle *self, PyObject *side)
+{
+    long which = PyLong_AsLong(side);
+    if (PyErr_Occurred() || ready(self) < 0)
+        return NULL;
+    return PyLong_FromUnsignedLong(shmq_lock_pid(self->q, which != 0));
+}
+
+struct report {
+    char text[8192];
+    size_t used;
+};
+
+/* Collects lines in C memory: a lock is held, so no Python object may be made here. */
+static void collect(void *arg, const char *line)
+{
+    struct report *r = arg;
+    size_t n = strlen(line);
+    if (r->used + n + 1 < sizeof r->text) {
+        memcpy(r->text + r->used, line, n);
+        r->text[r->used + n] = '\n';
+        r->used += n + 1;
+    }
+}
+
+static PyObject *handle_check(struct handle *self, PyObject *Py_UNUSED(none))
+{
+    struct report r = {.used = 0};
+    int rc;
+    if (ready(self) < 0)
+        return NULL;
+    do {
+        r.used = 0;
+        Py_BEGIN_ALLOW_THREADS
+        rc = shmq_check(self->q, collect, &r);
+        Py_END_ALLOW_THREADS
+        if (rc == SHMQ_INTR && PyErr_CheckSignals() < 0)
+            return NULL;
+    } while (rc == SHMQ_INTR);
+    if (rc != SHMQ_OK)
+        return fail(self, rc, 0, NULL);
+    return PyUnicode_DecodeUTF8(r.text, (Py_ssize_t)r.used, "replace");
+}
+
+/* ---- life */
+
+/* _attach(path: bytes, capacity: int, mode: int, codec: tuple) -> (status, was_created, fault) */
+static PyObject *handle_attach(struct handle *self, PyObject *args)
+{
+    const char *path;
+    unsigned long long capacity;
+    unsigned int mode;
+    PyObject *pack, *pack_options, *unpack;
+    struct shmq_fault fault = {0};
+    int rc;
+    if (!PyArg_ParseTuple(args, "yKI(OOO)", &path, &capacity, &mode, &pack, &pack_options, &unpack))
+        return NULL;
+    if (self->q != NULL) {
+        PyErr_SetString(PyExc_RuntimeError, "already attached");
+        return NULL;
+    }
+    Py_BEGIN_ALLOW_THREADS
+    rc = shmq_open(&self->q, path, capacity, mode, &fault);
+    Py_END_ALLOW_THREADS
+    self->pack = Py_NewRef(pack);
+    self->pack_options = Py_NewRef(pack_options);
+    self->unpack = Py_NewRef(unpack);
+    return Py_BuildValue("(iO(sKKi))", rc, self->q != NULL && shmq_was_created(self->q) ? Py_True : Py_False, fault.what,
+                         (unsigned long long)fault.found, (unsigned long long)fault.allowed, fault.error);
+}
+
+static PyObject *handle_fault(struct handle *self, PyObject *Py_UNUSED(none))
+{
+    struct shmq_fault fault = {0};
+    if (self->q != NULL)
+        fault = *shmq_fault(self->q);
+    return Py_BuildValue("(sKKi)", fault.what, (unsigned long long)fault.found, (unsigned long long)fault.allowed, fault.error);
+}
+
+/* _close(now: bool) -> status */
+static PyObject *handle_close(struct handle *self, PyObject *now)
+{
+    int rc = SHMQ_OK, is_now = PyObject_IsTrue(now);
+    if (is_now < 0)
+        return NULL;
+    if (self->q != NULL) {
+        shmq_close_begin(self->q); /* with the GIL held: no call is inside one of the steps that need it */
+        Py_BEGIN_ALLOW_THREADS
+        rc = shmq_close(self->q, is_now);
+        Py_END_ALLOW_THREADS
+    }
+    return PyLong_FromLong(rc);
+}
+
+static PyObject *handle_is_open(struct handle *self, PyObject *Py_UNUSED(none))
+{
+    return PyBool_FromLong(self->q != NULL && shmq_usable(self->q) != SHMQ_CLOSED);
+}
+
+static PyObject *handle_fork_before(struct handle *self, PyObject *Py_UNUSED(none))
+{
+    return PyLong_FromLong(self->q == NULL ? SHMQ_CLOSED : shmq_fork_before(self->q));
+}
+
+static PyObject *handle_fork_parent(struct handle *self, PyObject *Py_UNUSED(none))
+{
+    if (self->q != NULL)
+        shmq_fork_parent(self->q);
+    Py_RETURN_NONE;
+}
+
+static PyObject *handle_fork_child(struct handle *self, PyObject *Py_UNUSED(none))
+{
+    return PyLong_FromLong(self->q == NULL ? SHMQ_CLOSED : shmq_fork_child(self->q));
+}
+
+static int handle_traverse(struct handle *self, visitproc visit, void *arg)
+{
+    Py_VISIT(Py_TYPE(self));
+    Py_VISIT(self->pack);
+    Py_VISIT(self->unpack);
+    Py_VISIT(self->pending);
+    return 0;
+}
+
+static int handle_drop(struct handle *self)
+{
+    Py_CLEAR(self->pack);
+    Py_CLEAR(self->pack_options);
+    Py_CLEAR(self->unpack);
+    Py_CLEAR(self->pending);
+    return 0;
+}
+
+static void handle_dealloc(struct handle *self)
+{
+    PyTypeObject *type = Py_TYPE(self);
+    PyObject_GC_UnTrack(self);
+    if (self->q != NULL)
+        shmq_free(self->q);
+    handle_drop(self);
+    type->tp_free(self);
+    Py_DECREF(type);
+}
+
+/* ---- the type */
+
+#define FAST (PyCFunction)(void (*)(void))
+#define KEYWORDS METH_FASTCALL | METH_KEYWORDS
+
+static PyMethodDef methods[] = {
+    {"put", FAST handle_put, KEYWORDS, put_doc},
+    {"put_nowait", FAST handle_put_nowait, KEYWORDS, put_nowait_doc},
+    {"put_many", FAST handle_put_many, KEYWORDS, put_many_doc},
+    {"get", FAST handle_get, KEYWORDS, get_doc},
+    {"get_nowait", (PyCFunction)handle_get_nowait, METH_NOARGS, get_nowait_doc},
+    {"get_many", FAST handle_get_many, KEYWORDS, get_many_doc},
+    {"qsize", (PyCFunction)handle_qsize, METH_NOARGS, qsize_doc},
+    {"empty", (PyCFunction)handle_empty, METH_NOARGS, empty_doc},
+    {"full", (PyCFunction)handle_full, METH_NOARGS, full_doc},
+    {"buffer_occupancy", (PyCFunction)handle_occupancy, METH_NOARGS, occupancy_doc},
+    {"max_buffer_size", (PyCFunction)handle_max_buffer_size, METH_NOARGS, max_buffer_size_doc},
+    {"clear", (PyCFunction)handle_clear, METH_NOARGS, clear_doc},
+    {"__class_getitem__", Py_GenericAlias, METH_O | METH_CLASS, NULL},
+    {"_info", (PyCFunction)handle_info, METH_NOARGS, NULL},
+    {"_refs", (PyCFunction)handle_refs, METH_NOARGS, NULL},
+    {"_ref_add", (PyCFunction)handle_ref_add, METH_NOARGS, NULL},
+    {"_ref_drop", (PyCFunction)handle_ref_drop, METH_NOARGS, NULL},
+    {"_uuid", (PyCFunction)handle_uuid, METH_NOARGS, NULL},
+    {"_lock_pid", (PyCFunction)handle_lock_pid, METH_O, NULL},
+    {"_check", (PyCFunction)handle_check, METH_NOARGS, NULL},
+    {"_attach", (PyCFunction)handle_attach, METH_VARARGS, NULL},
+    {"_fault", (PyCFunction)handle_fault, METH_NOARGS, NULL},
+    {"_close", (PyCFunction)handle_close, METH_O, NULL},
+    {"_is_open", (PyCFunction)handle_is_open, METH_NOARGS, NULL},
+    {"_fork_before", (PyCFunction)handle_fork_before, METH_NOARGS, NULL},
+    {"_fork_parent", (PyCFunction)handle_fork_parent, METH_NOARGS, NULL},
+    {"_fork_child", (PyCFunction)handle_fork_child, METH_NOARGS, NULL},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyType_Slot slots[] = {
+    {Py_tp_doc, "One attachment to a queue's segment; shmqueue.ShmQueue inherits from it."},
+    {Py_tp_methods, methods},
+    {Py_tp_iter, PyObject_SelfIter},
+    {Py_tp_iternext, handle_next},
+    {Py_tp_traverse, handle_traverse},
+    {Py_tp_clear, handle_drop},
+    {Py_tp_dealloc, handle_dealloc},
+    {0, NULL},
+};
+
+PyType_Spec handle_spec = {
+    "shmqueue._core.Handle",
+    sizeof(struct handle),
+    0,
+    Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_HAVE_GC,
+    slots,
+};

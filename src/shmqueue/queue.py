@@ -1,0 +1,380 @@
+"""``ShmQueue``: what the binding's handle leaves to Python - names, options, messages, references.
+
+``put``, ``get`` and the status calls are in the binding (``_core/handle.c``), so that no Python frame
+stands between a caller and the ring. They come back here for what isn't plain: ``_encode``, ``_decode``
+and ``_failed``. Forks, exits and signals are in ``lifecycle``.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import mmap
+import operator
+import os
+import uuid
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import chain
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+
+from . import _core, lifecycle, names, reflog, serialization
+from . import exceptions as exc
+
+__all__ = ["SIZE_HEADER", "SYSTEM_PAGESIZE", "ShmQueue", "ShmRefDataSnapshot"]
+
+SYSTEM_PAGESIZE = mmap.PAGESIZE
+"""Bytes of a memory page; ``buffer_size`` is rounded up to a multiple of it."""
+
+SIZE_HEADER = 8
+"""Bytes that an item takes in the ring beside its payload."""
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeVar
+
+    T = TypeVar("T", default=Any)  # ShmQueue("jobs") is a queue of anything
+else:
+    from typing import TypeVar
+
+    T = TypeVar("T")
+_log = logging.getLogger("shmqueue")
+
+
+class ShmRefDataSnapshot(NamedTuple):
+    """What a queue held at one instant.
+
+    ``put_pos`` and ``get_pos`` are offsets in bytes, modulo ``buffer_size``: where the next item will
+    be written, and where the oldest bytes in use begin. ``same_lap`` is 1 when both are in the same lap
+    of the ring (equal offsets: nothing in use) and 0 otherwise (equal offsets: full).
+    """
+
+    ref_count: int
+    put_pos: int
+    get_pos: int
+    buffer_size: int
+    qsize: int
+    same_lap: int
+
+
+class ShmQueue(_core.Handle[T]):
+    """A FIFO queue that every process on the machine opens by its name.
+
+    Any number of processes and threads may put and get. Bytes in use at 8 + len(payload) per item bound it.
+    A handle is one attachment: it goes with ``shutdown()``, garbage collection or the process, and with the
+    last one the memory is freed. A process that is killed loses only what it had already taken.
+
+    Args:
+        queue_name: Any characters but NUL; at most 200 bytes when percent-encoded.
+        logger: Where warnings go; the ``shmqueue`` logger by default.
+        buffer_size: Bytes of the ring, rounded up to a multiple of ``SYSTEM_PAGESIZE``. Who finds the queue
+            in place gets the size that it was created with.
+        debug_ref_to_file_log: Keep a journal of handles in ``<temp>/shmqueue/_ref_log_<name>.json``.
+        allow_pickle: Whether pickle may be used, for putting and for getting.
+        track_resources: Register the segment with multiprocessing's resource tracker while attached.
+        strict_types: Keep tuples, bytearrays and the like as what they are, by pickle, where msgpack would
+            deliver lists and bytes.
+
+    Raises:
+        ShmQueueValueError, ShmQueueTypeError: a bad name or size.
+        ShmQueueCorruptedError: the segment of that name is no queue, or is damaged; it was left alone.
+        ShmQueueRuntimeError: it has another format, or 512 handles are attached already.
+        ShmQueueOSError: /dev/shm is full or read-only, the queue belongs to another user, and the like.
+    """
+
+    def __init__(
+        self,
+        queue_name: str,
+        *,
+        logger: logging.Logger | None = None,
+        buffer_size: int = SYSTEM_PAGESIZE,
+        debug_ref_to_file_log: bool = False,
+        allow_pickle: bool = True,
+        track_resources: bool = False,
+        strict_types: bool = False,
+    ) -> None:
+        self._name = queue_name
+        self._path = names.segment_path(queue_name)
+        self._options: dict[str, Any] = {
+            "buffer_size": buffer_size,
+            "debug_ref_to_file_log": debug_ref_to_file_log,
+            "allow_pickle": allow_pickle,
+            "track_resources": track_resources,
+            "strict_types": strict_types,
+        }
+        self._log = logger or _log
+        self._serializer: Callable[[int, Any], Any] | None = None
+        self._deserializer: Callable[[int, list[memoryview]], Any] | None = None
+        self._handle_uuid = str(uuid.uuid4())
+        self._open(_whole_pages(queue_name, buffer_size))
+
+    def _open(self, capacity: int) -> None:
+        codec = (*serialization.fast_pack(self._options["strict_types"]), serialization.fast_unpack()[0])
+        status, was_created, fault = self._attach(os.fsencode(self._path), capacity, 0o600, codec)
+        if status != _core.OK:
+            self._raise_fault(status, fault, "attach")
+        self._capacity = self.max_buffer_size()
+        lifecycle.register(self)
+        if not was_created and self._capacity != capacity:
+            self._log.info(
+                "queue %r: has %d bytes since it was created; %d were asked for",
+                self._name, self._capacity, capacity,
+            )  # fmt: skip
+        if self._options["track_resources"]:
+            lifecycle.track(self._path)
+        if self._options["debug_ref_to_file_log"]:
+            self._journal(reflog.DebugRefLogAction.CREATE, self.refs)
+
+    # ---- what everybody sees
+
+    @property
+    def identifier(self) -> str:
+        """The queue's name."""
+        return self._name
+
+    @property
+    def refs(self) -> int:
+        """Live attachments plus references added by hand. Killed processes don't count."""
+        return self._refs()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(queue_name={self._name}, buffer_size={self._capacity})"
+
+    def snapshot(self) -> ShmRefDataSnapshot:
+        """Return positions and counts, all of the same instant."""
+        put_pos, _, free_pos, qsize = self._info()
+        size = self._capacity
+        return ShmRefDataSnapshot(
+            ref_count=self._refs(),
+            put_pos=put_pos % size,
+            get_pos=free_pos % size,
+            buffer_size=size,
+            qsize=qsize,
+            same_lap=int(put_pos // size == free_pos // size),
+        )
+
+    @property
+    def debug_ref_data(self) -> ShmRefDataSnapshot:
+        """The same as ``snapshot()``."""
+        return self.snapshot()
+
+    def check(self) -> list[str]:
+        """Return a line for every invariant of the segment that is broken; none is as it should be.
+
+        Changes nothing, and holds each side's lock while it looks.
+        """
+        return self._check().splitlines()
+
+    def custom_serialize(self, callable_function: Callable[[int, Any], Any]) -> None:
+        """Set ``f(method, data) -> bytes-like`` for methods from ``FIRST_PUBLIC_NUMBER`` on."""
+        self._serializer = _callable(callable_function, "serializer")
+
+    def custom_deserialize(self, callable_function: Callable[[int, list[memoryview]], Any]) -> None:
+        """Set ``f(method, chunks) -> object``; chunks: one read-only memoryview, valid until f returns."""
+        self._deserializer = _callable(callable_function, "deserializer")
+
+    # ---- references
+
+    def add_ref_manually(self, pid: int) -> None:
+        """Add a reference; it belongs to this attachment and goes with it.
+
+        The first one that a forked child adds for its own pid is the attachment that it has anyway.
+        """
+        if not isinstance(pid, int):
+            raise exc.ShmQueueTypeError(f"{self._who}: pid must be an int, not {type(pid).__name__}")
+        if pid == os.getpid() and lifecycle.first_ref_in_child(self):
+            self._refs()  # attaches, if nothing else has yet
+            return
+        self._ref_add()
+
+    def reduce_ref_counter(self) -> None:
+        """Take one reference back that was added by hand, here or elsewhere.
+
+        Raises:
+            ShmQueueValueError: this attachment is the only reference.
+            ShmQueueRuntimeError: the others are live attachments; only ``shutdown()`` ends those.
+        """
+        if self._ref_drop():
+            return
+        refs = self.refs
+        if refs <= 1:
+            raise exc.ShmQueueValueError(f"{self._who}: 1 reference is left; use shutdown() to end it")
+        raise exc.ShmQueueRuntimeError(
+            f"{self._who}: {refs} references, all of them live attachments; shutdown() ends one"
+        )
+
+    # ---- life
+
+    def shutdown(self, use_gc: bool = True) -> None:
+        """Detach; the last handle to go frees the memory. Twice is fine.
+
+        Calls that other threads are blocked in end with ``ShmQueueNotInitializedError``.
+
+        Args:
+            use_gc: Kept for programs written for 0.0.2; there is nothing to collect.
+        """
+        self._leave(now=False)
+
+    def _leave(self, *, now: bool) -> None:
+        if not self._is_open():
+            return
+        refs = self._refs_or(1) - 1 if self._options["debug_ref_to_file_log"] else 0
+        if self._options["track_resources"]:
+            lifecycle.untrack(self._path)
+        status = self._close(now)
+        lifecycle.unregister(self)
+        if self._options["debug_ref_to_file_log"]:
+            self._journal(reflog.DebugRefLogAction.SHUTDOWN, refs)
+        if status != _core.OK:
+            what, found, _, error = self._fault()
+            self._log.warning(
+                "queue %r: detached, but %s could not be cleaned up: %s failed (%s)",
+                self._name, self._path, what, os.strerror(error) if error else f"busy, pid {found}",
+            )  # fmt: skip
+
+    def _refs_or(self, default: int) -> int:
+        try:
+            return self._refs()
+        except exc.ShmQueueException:
+            return default
+
+    def _journal(self, action: reflog.DebugRefLogAction, refs: int) -> None:
+        reflog.record(names.quote(self._name), self._handle_uuid, action, refs)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_capacity"):  # it was attached
+            self._leave(now=False)
+
+    def __enter__(self) -> ShmQueue[T]:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.shutdown()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(type(self), self._name, **self._options), ()
+
+    def set_console_handlers(self, register_atexit: bool = False) -> None:
+        """Shut down on SIGINT, SIGTERM and SIGHUP; the signal then goes to whoever handled it before.
+
+        Args:
+            register_atexit: Also shut down at interpreter exit; since 0.1.0 that happens in any case.
+        Raises:
+            ShmQueueRuntimeError: called off the main thread, where Python takes no signal handlers.
+        """
+        lifecycle.handle_signals(self)
+
+    # ---- what the binding asks for
+
+    def _encode(self, data: Any, method: int | None) -> tuple[int, bool, tuple[Any, ...]]:
+        return serialization.encode(
+            data,
+            serialization.SerializationMethods.DEFAULT if method is None else method,
+            allow_pickle=self._options["allow_pickle"],
+            strict_types=self._options["strict_types"],
+            custom=self._serializer,
+        )
+
+    def _decode(self, method: int, payload: bytes | memoryview, phase: int) -> Any:
+        return serialization.decode(
+            method,
+            payload,
+            phase,
+            allow_pickle=self._options["allow_pickle"],
+            custom=self._deserializer,
+        )
+
+    def _max_items(self, max_items: Any) -> int:
+        try:
+            n = operator.index(max_items)
+        except TypeError:
+            kind = type(max_items).__name__
+            raise exc.ShmQueueTypeError(f"{self._who}: max_items must be an int, not {kind}") from None
+        if n < 1:
+            raise exc.ShmQueueValueError(f"{self._who}: max_items is {n}, at least 1 is needed")
+        return min(n, 2**62)
+
+    def _bad_timeout(self, timeout: Any) -> NoReturn:
+        if not isinstance(timeout, (int, float)):
+            kind = type(timeout).__name__
+            raise exc.ShmQueueTypeError(f"{self._who}: timeout must be a number or None, not {kind}")
+        found = "NaN" if math.isnan(timeout) else f"{timeout}"
+        raise exc.ShmQueueValueError(f"{self._who}: 'timeout' must be a non-negative number, not {found}")
+
+    def _put_so_far(self, error: BaseException, accepted: int, left: list[T], rest: Iterator[T]) -> None:
+        exc.with_progress(error, accepted, chain(left, rest))
+
+    @property
+    def _who(self) -> str:
+        return f"queue {self._name!r}"
+
+    def _failed(self, status: int, size: int, timeout: float | None) -> NoReturn:
+        within = "" if timeout is None else f" within {timeout:g} s"
+        if status == _core.FULL:
+            raise exc.ShmQueueFull(
+                f"{self._who}: no room for {size} bytes{within} "
+                f"({self.buffer_occupancy()} of {self._capacity} bytes in use)"
+            )
+        if status == _core.EMPTY:
+            raise exc.ShmQueueEmpty(f"{self._who}: no item{within or ' there now'}")
+        if status == _core.TOO_BIG:
+            self._too_big(size)
+        if status == _core.BUSY:
+            self._busy(is_put=size > 0)
+        if status == _core.CLOSED:
+            raise exc.ShmQueueNotInitializedError(f"{self._who}: the handle has been shut down; open a new one")
+        if status == _core.GONE:
+            raise exc.ShmQueueNotInitializedError(
+                f"{self._who}: its segment was removed before this forked process used it; open a new handle"
+            )
+        self._raise_fault(status, self._fault(), "use")
+
+    def _too_big(self, size: int) -> NoReturn:
+        if size > 2**32 + SIZE_HEADER:
+            raise exc.ShmQueueValueError(f"{self._who}: the payload has 4 GiB or more; items must be smaller")
+        raise exc.ShmQueueValueError(
+            f"{self._who}: the item takes {size} bytes, the queue has {self._capacity} in all; "
+            "create it with a larger buffer_size"
+        )
+
+    def _busy(self, *, is_put: bool) -> NoReturn:
+        side, kind = ("producing", exc.ShmQueueFull) if is_put else ("consuming", exc.ShmQueueEmpty)
+        pid = self._lock_pid(0 if is_put else 1)
+        raise kind(f"{self._who}: the {side} lock is held by process {pid}, which lives but doesn't go on (stopped?)")
+
+    def _raise_fault(self, status: int, fault: tuple[str | None, int, int, int], doing: str) -> NoReturn:
+        what, found, allowed, error = fault
+        who, path = self._who, self._path
+        if status == _core.CORRUPT:
+            raise exc.ShmQueueCorruptedError(
+                f"{who}: {path} is no intact queue: {what} is {found:#x}, allowed is {allowed:#x}; "
+                "if nobody needs it, remove the file"
+            )
+        if status == _core.VERSION:
+            raise exc.ShmQueueRuntimeError(
+                f"{who}: segment has format {found}, this shmqueue reads {allowed}; if nobody needs it, remove {path}"
+            )
+        if status == _core.NO_SLOT:
+            raise exc.ShmQueueRuntimeError(f"{who}: all {allowed} attachments are in use")
+        if status == _core.BUSY:
+            raise exc.ShmQueueRuntimeError(f"{who}: process {found} has been attaching or detaching for 5 s")
+        sizes = f" ({found} bytes needed, {allowed} free in /dev/shm)" if found else ""
+        raise exc.system_error(error, f"{who}: cannot {doing}: {what} of {path} failed: {os.strerror(error)}{sizes}")
+
+
+def _whole_pages(queue_name: str, buffer_size: Any) -> int:
+    if isinstance(buffer_size, bool) or not hasattr(buffer_size, "__index__"):
+        kind = type(buffer_size).__name__
+        raise exc.ShmQueueTypeError(f"queue {queue_name!r}: buffer_size must be an int, not {kind}")
+    size = operator.index(buffer_size)
+    if not 0 < size < 2**62:
+        raise exc.ShmQueueValueError(f"queue {queue_name!r}: buffer_size is {size} bytes, at least 1 is needed")
+    return -(-size // SYSTEM_PAGESIZE) * SYSTEM_PAGESIZE
+
+
+def _callable(function: Any, kind: str) -> Any:
+    if not callable(function):
+        raise exc.ShmQueueTypeError(f"the {kind} must be callable, not {type(function).__name__}")
+    return function

@@ -1,0 +1,397 @@
+"""How an item becomes the bytes of a record, and how they become an item again.
+
+Pure functions; they know no queue. The binding tries ``fast_pack`` / ``fast_unpack`` first and calls
+``encode`` / ``decode`` whenever that raised or can't apply. The method id stands in the record's header:
+
+    id             payload
+    0              msgpack: exactly what ``msgpack.packb`` gives
+    1              pickle, protocol 5: exactly what ``pickle.dumps`` gives
+    2              the same, its large buffers out of band (below); never asked for by the user
+    1001..2**24-1  whatever the user's own serializer returns
+
+By default an item goes by the first that keeps it whole: msgpack where every part is of one of
+msgpack's own types, never a subclass; pickle otherwise.
+
+Three libraries give the same bytes for these types (``benchmarks/serialization.py`` shows the figures
+and what each does to other types). msgspec turns sets, datetimes and dataclasses into something else
+and can't be told not to. ormsgpack is the fastest that can, but takes neither keys that aren't str,
+nor ExtType, nor more than 255 levels: there msgpack follows. ormsgpack's own markers, ``Ext`` and
+``Fragment``, ask for raw msgpack and get it; they arrive as what they spell.
+
+Payload of method 2, integers little-endian:
+
+    offset    bytes  what
+    0         8      number of buffers, n
+    8         8      length of the pickle, p
+    16        8 n    length of each buffer
+    16 + 8 n  p      the pickle
+    aligned   ...    each buffer, at the next *address* in the ring that 64 divides
+    ...       ...    padding: a record's length is fixed before its address is known, at the sum of
+                     all lengths and 63 for each buffer
+
+Reader and writer find the buffers by the same sum: where ``phase`` is the address of the payload's
+first byte modulo 64, a buffer begins at ``cursor + -(phase + cursor) % 64``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import pickle
+import re
+import struct
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import msgpack
+
+from .exceptions import (
+    ShmQueueDeserializationError,
+    ShmQueueNoDeserializerError,
+    ShmQueueNoSerializerError,
+    ShmQueueSerializationError,
+    ShmQueueTypeError,
+    ShmQueueValueError,
+)
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+Serializer: TypeAlias = "Callable[[int, Any], Buffer]"
+Deserializer: TypeAlias = "Callable[[int, list[memoryview]], Any]"
+
+
+class SerializationMethods:
+    """Ids for ``put(..., serialization_method=...)``; up to 1000 they are the package's own."""
+
+    MSGPACK = 0
+    DEFAULT = MSGPACK
+    PICKLE = 1
+    FIRST_PUBLIC_NUMBER = 1001
+
+
+PICKLE_OUT_OF_BAND = 2
+LAST_METHOD = 2**24 - 1  # the header keeps 24 bits
+ALIGNMENT = 64
+
+# Below this a buffer is copied into the pickle: the detour costs more than the copies it saves.
+# The two meet at about 48 KiB; from 256 KiB on, where malloc turns to mmap, it saves 9 parts of 10.
+OUT_OF_BAND_SIZE = 32 * 1024
+
+_BYTES_TYPES = frozenset({bytes, bytearray, memoryview})
+_MSGPACK_TYPES = _BYTES_TYPES | {
+    type(None), bool, int, float, str, list, tuple, dict, msgpack.ExtType, msgpack.Timestamp
+}  # fmt: skip
+
+
+def _find_ormsgpack() -> Any:
+    """Return ormsgpack, or None where there is none fit for bytes from elsewhere.
+
+    Earlier releases crash on a payload that claims to be long, and read released memoryviews.
+    """
+    try:
+        import ormsgpack
+    except ImportError:
+        return None
+    release = [int(number) for number in re.findall(r"\d+", ormsgpack.__version__)[:3]]
+    return ormsgpack if release >= [1, 13, 1] else None
+
+
+_ormsgpack = _find_ormsgpack()
+
+
+# --- what the binding calls first -------------------------------------------------------------------
+
+
+def fast_pack(strict_types: bool) -> tuple[Callable[[Any, None, int], bytes], int]:
+    """Return ``(packb, option)``, to be called as ``packb(item, None, option)``.
+
+    What it returns is the payload of method 0. If it raises an ``Exception``, ``encode`` decides.
+    """
+    if _ormsgpack is None:
+        return _pack, int(strict_types)
+    option: int = (
+        _ormsgpack.OPT_PASSTHROUGH_DATACLASS
+        | _ormsgpack.OPT_PASSTHROUGH_DATETIME
+        | _ormsgpack.OPT_PASSTHROUGH_ENUM
+        | _ormsgpack.OPT_PASSTHROUGH_SUBCLASS
+        | _ormsgpack.OPT_PASSTHROUGH_UUID
+    )
+    if strict_types:
+        return _pack_strictly, option | _ormsgpack.OPT_PASSTHROUGH_TUPLE
+    return _ormsgpack.packb, option
+
+
+def fast_unpack() -> tuple[Callable[..., Any], Callable[[int, bytes], Any], int]:
+    """Return ``(unpackb, ext_hook, option)``.
+
+    ``unpackb(payload, ext_hook=ext_hook, option=option)`` reads the payload of method 0, and
+    ``unpackb(payload)`` one that has only str keys and no ExtType or Timestamp; that takes some 50 ns less.
+    If it raises an ``Exception``, ``decode`` decides.
+    """
+    if _ormsgpack is None:
+        return _unpack, _unpack_ext, 0
+    return _ormsgpack.unpackb, _unpack_ext, _ormsgpack.OPT_NON_STR_KEYS
+
+
+# --- items to bytes ---------------------------------------------------------------------------------
+
+
+def encode(
+    data: Any, method: int, *, allow_pickle: bool, strict_types: bool, custom: Serializer | None
+) -> tuple[int, bool, tuple[Buffer, ...]]:
+    """Turn an item into the parts of a payload.
+
+    Args:
+        method: One of ``SerializationMethods``, or an id of the user's own.
+        allow_pickle: Whether pickle may be used. If not, subclasses go as their base types.
+        strict_types: Whether tuple, bytearray and memoryview must arrive as such.
+        custom: ``custom(method, data)`` returns the payload, for the user's own ids.
+    Returns:
+        ``(method used, aligned, parts)``. Parts are contiguous and follow each other; if ``aligned``,
+        all but the first begin at an address in the ring that 64 divides. Large bodies are the
+        caller's own memory, not copies.
+    Raises:
+        ShmQueueSerializationError: it can't be done; the cause is chained.
+        ShmQueueNoSerializerError: no serializer for this method.
+        ShmQueueValueError: the method isn't an int or is too large.
+        ShmQueueTypeError: ``custom`` returned something not bytes-like.
+        What ``custom`` raises.
+    """
+    if not isinstance(method, int):
+        raise ShmQueueValueError(f"serialization_method is an int, not {method!r}")
+    if method > LAST_METHOD:
+        raise ShmQueueValueError(f"serialization_method is at most {LAST_METHOD}, not {method}")
+    if method >= SerializationMethods.FIRST_PUBLIC_NUMBER and custom is not None:
+        return int(method), False, (_result(custom(method, data)),)
+    if method not in (SerializationMethods.MSGPACK, SerializationMethods.PICKLE):
+        raise ShmQueueNoSerializerError(
+            f"no serializer for method {method}; ids from "
+            f"{SerializationMethods.FIRST_PUBLIC_NUMBER} on are served by custom_serialize"
+        )
+    try:
+        if method == SerializationMethods.PICKLE:
+            if not allow_pickle:
+                raise TypeError("pickle was asked for")
+            return SerializationMethods.PICKLE, False, (pickle.dumps(data, 5),)
+        return _encode_default(data, allow_pickle, strict_types)
+    except MemoryError:
+        raise
+    except Exception as error:
+        hint = "" if allow_pickle else "; the queue has allow_pickle=False: put msgpack types only"
+        raise ShmQueueSerializationError(
+            f"can't serialize {type(data).__name__}: {type(error).__name__}: {error}{hint}"
+        ) from error
+
+
+def _encode_default(data: Any, allow_pickle: bool, strict_types: bool) -> tuple[int, bool, tuple[Buffer, ...]]:
+    kind = type(data)
+    if kind is bytes or (kind in _BYTES_TYPES and not strict_types):
+        body = _contiguous(data)
+        return SerializationMethods.MSGPACK, False, (_bin_head(memoryview(body).nbytes), body)
+    if kind in _MSGPACK_TYPES:
+        try:
+            return SerializationMethods.MSGPACK, False, (_pack(data, None, strict_types),)
+        except MemoryError:
+            raise
+        except Exception:
+            if strict_types and not allow_pickle:
+                raise
+    if allow_pickle:
+        return _pickle_apart(data, strict_types)
+    if strict_types:
+        raise TypeError(f"strict_types keeps {kind.__name__} from going as its base type")
+    return SerializationMethods.MSGPACK, False, (_pack_as_bases(data),)
+
+
+def _pack(data: Any, _default: None, strict_types: int) -> bytes:
+    """Pack exact types by msgpack, which takes all keys, ExtType, Timestamp and 1024 levels."""
+    packer = msgpack.Packer(
+        strict_types=True,
+        default=None if strict_types else _tuple_to_list,
+        buf_size=512,  # the default, 256 KiB, takes longer to get than a small item to pack
+    )
+    packed: bytes = packer.pack(data)
+    return _checked(packed, data) if strict_types else packed
+
+
+def _pack_strictly(data: Any, _default: None, option: int) -> bytes:
+    return _checked(_ormsgpack.packb(data, None, option), data)
+
+
+def _checked(packed: bytes, data: Any) -> bytes:
+    """Return ``packed`` unless ``data`` holds what would arrive as bytes but isn't.
+
+    No library can be told to refuse these. Where no byte can be a bin's head, nothing has to be
+    looked through.
+    """
+    pending = [data] if any(head in packed for head in (b"\xc4", b"\xc5", b"\xc6")) else []
+    while pending:
+        item = pending.pop()
+        if type(item) is list:
+            pending.extend(item)
+        elif type(item) is dict:
+            pending.extend(item)
+            pending.extend(item.values())
+        elif type(item) in (bytearray, memoryview):
+            raise TypeError(f"strict_types keeps {type(item).__name__} from going as bytes")
+    return packed
+
+
+def _tuple_to_list(part: Any) -> list[Any]:
+    if type(part) is tuple:
+        return list(part)
+    raise TypeError(f"{type(part).__name__} is not a msgpack type")
+
+
+def _pack_as_bases(data: Any) -> bytes:
+    """Pack subclasses of msgpack types as their base types."""
+    packed: bytes = msgpack.Packer(buf_size=512).pack(data)
+    _unpack(packed)  # a dict or list whose iteration and length disagree would fail its reader
+    return packed
+
+
+def _bin_head(size: int) -> bytes:
+    """Return the head of a msgpack bin. One of 4 GiB isn't put anyway, whatever its head says."""
+    if size < 1 << 8:
+        return struct.pack(">BB", 0xC4, size)
+    if size < 1 << 16:
+        return struct.pack(">BH", 0xC5, size)
+    return struct.pack(">BI", 0xC6, min(size, 0xFFFFFFFF))
+
+
+def _contiguous(part: Any) -> Buffer:
+    """Return a bytes-like object as one that is contiguous: itself where it is."""
+    view = memoryview(part)
+    return part if view.c_contiguous else view.tobytes()
+
+
+def _result(part: Any) -> Buffer:
+    try:
+        return _contiguous(part)
+    except (TypeError, ValueError, BufferError):
+        raise ShmQueueTypeError(f"a custom serializer returns a bytes-like object, not {type(part).__name__}") from None
+
+
+class _ViewPickler(pickle.Pickler):
+    """Pickles memoryviews as the bytes that they show; pickle itself refuses them."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        return (bytes, (obj.tobytes(),)) if type(obj) is memoryview else NotImplemented
+
+
+def _pickle_apart(data: Any, strict_types: bool) -> tuple[int, bool, tuple[Buffer, ...]]:
+    """Pickle, large buffers out of band."""
+    buffers: list[memoryview] = []
+
+    def is_in_band(buffer: pickle.PickleBuffer) -> bool:
+        view = buffer.raw()
+        if view.nbytes < OUT_OF_BAND_SIZE:
+            return True
+        buffers.append(view)
+        return False
+
+    try:
+        pickled = pickle.dumps(data, 5, buffer_callback=is_in_band)
+    except TypeError:  # a memoryview, perhaps
+        if strict_types:
+            raise
+        buffers.clear()
+        file = io.BytesIO()
+        _ViewPickler(file, 5, buffer_callback=is_in_band).dump(data)
+        pickled = file.getvalue()
+    if not buffers:
+        return SerializationMethods.PICKLE, False, (pickled,)
+    lengths = [len(pickled), *(buffer.nbytes for buffer in buffers)]
+    head = struct.pack(f"<{1 + len(lengths)}Q", len(buffers), *lengths)
+    return PICKLE_OUT_OF_BAND, True, (head + pickled, *buffers)
+
+
+# --- bytes to items ---------------------------------------------------------------------------------
+
+
+def decode(
+    method: int,
+    payload: bytes | bytearray | memoryview,
+    phase: int,
+    *,
+    allow_pickle: bool,
+    custom: Deserializer | None,
+) -> Any:
+    """Turn a payload into the item.
+
+    Args:
+        method: The id in the record's header.
+        payload: All bytes of the record. The item of method 2 keeps and uses this memory, which is
+            why arrays can be written to only if it can.
+        phase: Address of the payload's first byte in the ring, modulo 64.
+        allow_pickle: Whether pickle may be used.
+        custom: ``custom(method, [view])`` returns the item, for the user's own ids. The view is
+            read-only and released afterwards.
+    Raises:
+        ShmQueueDeserializationError: it can't be done, for whatever reason; the cause is chained.
+        ShmQueueNoDeserializerError: it can't be done for lack of a deserializer.
+    """
+    try:
+        if method == SerializationMethods.MSGPACK:
+            return _unpack(payload)
+        if method in (SerializationMethods.PICKLE, PICKLE_OUT_OF_BAND):
+            if not allow_pickle:
+                raise TypeError("it is a pickle, and the queue has allow_pickle=False")
+            if method == SerializationMethods.PICKLE:
+                return pickle.loads(payload)
+            return _unpickle_apart(memoryview(payload), phase)
+        if method < SerializationMethods.FIRST_PUBLIC_NUMBER or custom is None:
+            raise NotImplementedError("no deserializer; see custom_deserialize")
+        return _call(custom, method, memoryview(payload).toreadonly())
+    except Exception as error:
+        is_missing = isinstance(error, NotImplementedError) and method > PICKLE_OUT_OF_BAND
+        raise (ShmQueueNoDeserializerError if is_missing else ShmQueueDeserializationError)(
+            f"can't deserialize {len(payload)} bytes of serialization method {method}: {type(error).__name__}: {error}",
+            payload=bytes(payload),
+            serialization_method=method,
+        ) from error
+
+
+def _unpack(payload: bytes | bytearray | memoryview, *, ext_hook: object = None, option: object = None) -> Any:
+    """Unpack all that can be packed; ormsgpack refuses an ExtType as a key and more than 1022 levels."""
+    try:
+        return msgpack.unpackb(payload, strict_map_key=False)
+    except TypeError:  # an array as a key: it was a tuple
+        return msgpack.unpackb(payload, strict_map_key=False, object_pairs_hook=_dict_of_pairs)
+
+
+def _unpack_ext(code: int, data: bytes) -> msgpack.ExtType | msgpack.Timestamp:
+    return msgpack.Timestamp.from_bytes(data) if code == -1 else msgpack.ExtType(code, data)
+
+
+def _dict_of_pairs(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+    return {_to_key(key): value for key, value in pairs}
+
+
+def _to_key(key: Any) -> Any:
+    """Return a key, an array being a tuple there all the way down, and that may be 1024 levels."""
+    return msgpack.unpackb(msgpack.packb(key), use_list=False) if type(key) is list else key
+
+
+def _unpickle_apart(payload: memoryview, phase: int) -> Any:
+    """Unpickle method 2. Its head is believed only as far as it fits; slices never reach too far."""
+    count, pickle_length = struct.unpack_from("<2Q", payload)
+    pickle_start = 16 + 8 * count
+    cursor = pickle_end = pickle_start + pickle_length
+    buffers = []
+    for length in struct.unpack_from(f"<{count}Q", payload, 16):  # refuses more than there is
+        start = cursor + -(phase + cursor) % ALIGNMENT
+        cursor = start + length
+        buffers.append(payload[start:cursor])
+    if cursor > len(payload):
+        raise ValueError(f"{cursor} bytes claimed")
+    return pickle.loads(payload[pickle_start:pickle_end], buffers=buffers)
+
+
+def _call(custom: Deserializer, method: int, view: memoryview) -> Any:
+    try:
+        return custom(method, [view])
+    finally:
+        with contextlib.suppress(BufferError):  # the user kept an array on it; the memory stays
+            view.release()
