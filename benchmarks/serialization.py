@@ -163,7 +163,7 @@ def odd_items() -> dict[str, Any]:
     items += [{None: 1, 1.5: 2}, {(1, 2): 3}, msgpack.ExtType(5, b"x"), msgpack.Timestamp(1, 2)]
     if np := optional("numpy"):
         items += [np.int64(1), np.float64(1.5), np.str_("a"), np.arange(2)]
-    named = {f"{type(item).__name__} {ascii(item)}": item for item in items}
+    named = {f"{type(item).__name__} {item!a}": item for item in items}
     for depth in (255, 256, 1023, 1024, 1025):
         item: Any = 1
         for _ in range(depth):

@@ -151,13 +151,13 @@ def test_no_child_writes_a_word_to_stderr(queue_name: str, method: str, tmp_path
 
 
 def test_a_forked_child_has_an_attachment_of_its_own(queue_name: str) -> None:
-    with ShmQueue[str](queue_name) as q:
-        with forked(lambda: (q.put("from the child"), q.get(timeout=30))) as pid:
+    with ShmQueue[str](queue_name) as q, ShmQueue[str](queue_name + ".go") as go:
+        with forked(lambda: (q.put("from the child"), go.get(timeout=30))) as pid:
             assert q.get(timeout=30) == "from the child"
-            assert q.refs == 2
-            q.put("go")
+            assert (q.refs, go.refs) == (2, 2)
+            go.put("go")
             assert exit_code(pid) == 0
-        assert q.refs == 1
+        assert (q.refs, go.refs) == (1, 1)
 
 
 def test_the_childs_attachment_is_there_before_it_does_anything(queue_name: str) -> None:

@@ -76,5 +76,6 @@ def main() -> None:
         producer(jobs)
         assert_type(consumer(jobs), int)
         jobs.set_console_handlers(register_atexit=True)
-    assert_type(DebugRefLogAction.CREATE.value, str)
-    assert_type(shmqueue.__version__, str)
+    action: str = DebugRefLogAction.CREATE.value
+    assert_type(shmqueue.SYSTEM_PAGESIZE, int)
+    print(action, shmqueue.__version__)

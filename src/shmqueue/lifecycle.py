@@ -21,7 +21,15 @@ from .exceptions import ShmQueueRuntimeError
 if TYPE_CHECKING:
     from .queue import ShmQueue
 
-__all__ = ["first_ref_in_child", "handle_signals", "register", "track", "unregister", "untrack"]
+__all__ = [
+    "end_thread_if_exiting",
+    "first_ref_in_child",
+    "handle_signals",
+    "register",
+    "track",
+    "unregister",
+    "untrack",
+]
 
 _handles: weakref.WeakSet[ShmQueue[Any]] = weakref.WeakSet()
 _on_signal: weakref.WeakSet[ShmQueue[Any]] = weakref.WeakSet()
@@ -74,7 +82,18 @@ def first_ref_in_child(queue: ShmQueue[Any]) -> bool:
 # ---- exit
 
 
+_is_exiting = False
+
+
+def end_thread_if_exiting() -> None:
+    """A daemon thread that outlives the exit's shutdown just ends, as it would a moment later anyway."""
+    if _is_exiting and threading.current_thread() is not threading.main_thread():
+        raise SystemExit
+
+
 def _leave_all() -> None:
+    global _is_exiting
+    _is_exiting = True
     for queue in list(_handles):
         queue._leave(now=True)
 

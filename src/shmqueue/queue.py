@@ -324,6 +324,7 @@ class ShmQueue(_core.Handle[T]):
         if status == _core.BUSY:
             self._busy(is_put=size > 0)
         if status == _core.CLOSED:
+            lifecycle.end_thread_if_exiting()
             raise exc.ShmQueueNotInitializedError(f"{self._who}: the handle has been shut down; open a new one")
         if status == _core.GONE:
             raise exc.ShmQueueNotInitializedError(

@@ -15,8 +15,9 @@ msgpack's own types, never a subclass; pickle otherwise.
 Three libraries give the same bytes for these types (``benchmarks/serialization.py`` shows the figures
 and what each does to other types). msgspec turns sets, datetimes and dataclasses into something else
 and can't be told not to. ormsgpack is the fastest that can, but takes neither keys that aren't str,
-nor ExtType, nor more than 255 levels: there msgpack follows. ormsgpack's own markers, ``Ext`` and
-``Fragment``, ask for raw msgpack and get it; they arrive as what they spell.
+nor ExtType, nor more than 255 levels: there msgpack follows. Two things it does its own way: its markers
+``Ext`` and ``Fragment`` ask for raw msgpack and arrive as what they spell, and where memory runs out it
+aborts the process instead of raising MemoryError.
 
 Payload of method 2, integers little-endian:
 
