@@ -283,10 +283,9 @@ def test_the_first_manual_reference_of_a_child_is_its_attachment(queue_name: str
 
 
 def test_exec_ends_the_attachment(queue_name: str) -> None:
-    with ShmQueue[int](queue_name) as q:
-        with forked(lambda: os.execv("/bin/sleep", ["sleep", "60"])) as pid:
-            wait_until(lambda: Path(f"/proc/{pid}/comm").read_text().strip() == "sleep")
-            wait_until(lambda: q.refs == 1)
+    with ShmQueue[int](queue_name) as q, forked(lambda: os.execv("/bin/sleep", ["sleep", "60"])) as pid:
+        wait_until(lambda: Path(f"/proc/{pid}/comm").read_text().strip() == "sleep")
+        wait_until(lambda: q.refs == 1)
 
 
 def test_a_subprocess_of_a_killed_process_does_not_keep_it_alive(queue_name: str) -> None:
