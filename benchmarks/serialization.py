@@ -63,8 +63,7 @@ def optional(name: str) -> Any:
 
 
 def libraries() -> Iterator[Library]:
-    fast_pack, option = serialization.fast_pack(False)
-    fast_unpack, ext_hook, unpack_option = serialization.fast_unpack()
+    fast_pack, option, fast_unpack = serialization.fast_codec(False)
     options: dict[str, Any] = {"allow_pickle": True, "custom": None}
 
     def shm_pack(item: Any) -> tuple[int, bytes]:
@@ -78,7 +77,7 @@ def libraries() -> Iterator[Library]:
         method, payload = sent
         try:
             if method == 0:
-                return fast_unpack(payload, ext_hook=ext_hook, option=unpack_option)
+                return fast_unpack(payload)
         except Exception:
             pass
         return serialization.decode(method, payload, 0, **options)

@@ -57,16 +57,6 @@ uint32_t shmq_room_begin(struct shmq_waiters_hdr *w, uint64_t bytes)
 
 int shmq_sleep(_Atomic uint32_t *count, uint32_t key, uint64_t timeout_ns) { return port_sleep(count, key, timeout_ns); }
 
-uint32_t shmq_items_asleep(struct shmq_waiters_hdr *w)
-{
-    return atomic_load_explicit(&w->items_asleep, memory_order_relaxed);
-}
-
-uint64_t shmq_room_wanted(struct shmq_waiters_hdr *w)
-{
-    return atomic_load_explicit(&w->room_wanted, memory_order_relaxed);
-}
-
 void shmq_items_wake(struct shmq_waiters_hdr *w, int n)
 {
     if (atomic_exchange_explicit(&w->items_asleep, 0, memory_order_relaxed) == 0)

@@ -23,8 +23,14 @@ uint32_t shmq_room_begin(struct shmq_waiters_hdr *w, uint64_t bytes);
 int shmq_sleep(_Atomic uint32_t *count, uint32_t key, uint64_t timeout_ns); /* 0 | EINTR | ETIMEDOUT */
 
 /* A waker, after it has published: how much the sleepers want, 0 when nobody sleeps; then wake them. */
-uint32_t shmq_items_asleep(struct shmq_waiters_hdr *w);
-uint64_t shmq_room_wanted(struct shmq_waiters_hdr *w);
+static inline uint32_t shmq_items_asleep(struct shmq_waiters_hdr *w)
+{
+    return atomic_load_explicit(&w->items_asleep, memory_order_relaxed);
+}
+static inline uint64_t shmq_room_wanted(struct shmq_waiters_hdr *w)
+{
+    return atomic_load_explicit(&w->room_wanted, memory_order_relaxed);
+}
 void shmq_items_wake(struct shmq_waiters_hdr *w, int n);
 void shmq_room_wake(struct shmq_waiters_hdr *w);
 

@@ -94,11 +94,15 @@ void shmq_hands_void(const struct shmq_hands *h, uint64_t published)
 bool shmq_hands_sweep_claims(const struct shmq_hands *h, shmq_is_dead_fn *is_dead, void *arg)
 {
     bool changed = false;
-    uint64_t dead = 0; /* the last one found: one probe serves all its entries */
+    uint64_t dead = 0, live = 0; /* the last ones found: one probe serves all entries of an owner */
     for (uint32_t i = 0, top = shmq_hands_top(h); i < top; i++) {
         uint64_t owner = shmq_hand_owner(&h->entry[i]);
-        if (owner == 0 || pos1_of(h, i) == 0 || (owner != dead && !is_dead(arg, owner)))
+        if (owner == 0 || owner == live || pos1_of(h, i) == 0)
             continue;
+        if (owner != dead && !is_dead(arg, owner)) {
+            live = owner;
+            continue;
+        }
         dead = owner;
         shmq_hands_give_back(h, (int32_t)i);
         changed = true;

@@ -8,7 +8,6 @@
 #include <errno.h>
 
 #include "failpoint.h"
-#include "layout.h"
 #include "port.h"
 #include "shmq.h"
 
@@ -60,11 +59,8 @@ enum shmq_lock_result shmq_lock(_Atomic uint64_t *word, const struct shmq_lock_u
     }
 }
 
-void shmq_unlock(_Atomic uint64_t *word)
+void shmq_lock_wake(_Atomic uint64_t *word)
 {
-    /* [L2] release, pairs with [L1] */
-    if (atomic_exchange_explicit(word, 0, memory_order_acq_rel) & SHMQ_CONTENDED) {
-        SHMQ_FAILPOINT("lock:unlocked"); /* dies here: sleepers look again within SLEEP_NS */
-        port_wake(low_half(word), 1);
-    }
+    SHMQ_FAILPOINT("lock:unlocked"); /* dies here: sleepers look again within SLEEP_NS */
+    port_wake(low_half(word), 1);
 }

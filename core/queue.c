@@ -134,10 +134,20 @@ static int fits(struct shmq *q, uint64_t put_pos, uint64_t end)
 
 /* ---- waking */
 
-/* Items were published. */
+/* [W2] pairs with [W1]: either the sleeper sees what we published or we see its flag. Right after a lock was let go of,
+ * by an exchange, which on x86 is such a fence already. */
+static inline void fence_after_unlock(void)
+{
+#if defined(__x86_64__)
+    atomic_signal_fence(memory_order_seq_cst);
+#else
+    atomic_thread_fence(memory_order_seq_cst);
+#endif
+}
+
+/* Items were published; the caller has fenced. */
 static void after_put(struct shmq *q)
 {
-    atomic_thread_fence(memory_order_seq_cst); /* [W2] pairs with [W1] */
     if (shmq_items_asleep(&q->seg->waiters))
         shmq_items_wake(&q->seg->waiters, 1); /* who wakes and leaves something behind wakes the next */
 }
@@ -180,10 +190,9 @@ static void offer_room(struct shmq *q, bool is_last_chance)
         shmq_room_wake(&q->seg->waiters);
 }
 
-/* Records were taken or let go of. */
+/* Records were taken or let go of; the caller has fenced. */
 static void after_get(struct shmq *q)
 {
-    atomic_thread_fence(memory_order_seq_cst); /* [W2] pairs with [W1] */
     offer_room(q, false);
     if (shmq_items_asleep(&q->seg->waiters) && may_take(q))
         shmq_items_wake(&q->seg->waiters, 1);
@@ -214,6 +223,7 @@ static void put_reserved(struct shmq *q, const struct shmq_out *out, const struc
     shmq_ring_set_state(&q->ring, record->pos, SHMQ_COMMITTED);
     SHMQ_FAILPOINT("put:committed"); /* dies here: delivered; the entry is swept */
     shmq_hands_free(&q->reservations, hand);
+    atomic_thread_fence(memory_order_seq_cst); /* [W2] */
 }
 
 /* An entry of R for a big record at pos, -1 when R is full. Caller holds the producing lock. */
@@ -227,7 +237,8 @@ static int32_t reserve_hand(struct shmq *q, uint64_t pos, uint64_t end)
     return shmq_hands_take(&q->reservations, pos, end, q->self);
 }
 
-/* Put as many records as fit, at least one. Caller holds the producing lock, which is let go of in every case. */
+/* Put as many records as fit, at least one. Caller holds the producing lock, which is let go of in every case, with a
+ * fence. */
 static int put_locked(struct shmq *q, const struct shmq_out *outs, uint32_t n, uint32_t *done)
 {
     struct shmq_mark start = shmq_side_mark(shmq_side(q, SHMQ_PRODUCING)), mark = start;
@@ -257,6 +268,7 @@ static int put_locked(struct shmq *q, const struct shmq_out *outs, uint32_t n, u
         rc = SHMQ_OK;
     }
     shmq_leave_side(q, SHMQ_PRODUCING);
+    fence_after_unlock();
     return rc;
 }
 
@@ -382,7 +394,7 @@ static int take_from_ring(struct shmq *q, uint64_t put_pos, struct shmq_mark mar
     return rc;
 }
 
-/* Take the oldest record. Caller holds the consuming lock, which is let go of. put_pos is read before H is looked at, and
+/* Take the oldest record. Caller holds the consuming lock, which is let go of, with a fence. put_pos is read before H is looked at, and
  * nothing at or beyond it is taken: else a record put after a passed reservation's commit could overtake it. */
 static int get_locked(struct shmq *q, uint8_t *scratch, struct shmq_in *in)
 {
@@ -394,6 +406,7 @@ static int get_locked(struct shmq *q, uint8_t *scratch, struct shmq_in *in)
         rc = i >= 0 ? take_from_hand(q, i, scratch, in) : take_from_ring(q, put_pos, mark, scratch, in);
     }
     shmq_leave_side(q, SHMQ_CONSUMING);
+    fence_after_unlock();
     return rc;
 }
 
@@ -448,6 +461,7 @@ int shmq_get_batch_try(struct shmq *q, struct shmq_in *in, uint32_t *n)
         return SHMQ_BUSY;
     rc = get_batch_locked(q, in, n);
     shmq_leave_side(q, SHMQ_CONSUMING);
+    fence_after_unlock();
     if (rc == SHMQ_OK)
         after_get(q);
     return rc;
@@ -466,6 +480,7 @@ void shmq_give_back_from(struct shmq *q, int32_t hand, uint64_t pos)
 void shmq_release(struct shmq *q, int32_t hand)
 {
     shmq_hands_free(&q->claims, hand);
+    atomic_thread_fence(memory_order_seq_cst); /* [W2] */
     after_get(q);
 }
 
@@ -485,6 +500,7 @@ static void sweep_producing(struct shmq *q)
         shmq_hands_settle_reservations(&q->reservations, get.pos);
     }
     shmq_leave_side(q, SHMQ_PRODUCING);
+    fence_after_unlock();
     if (changed)
         after_put(q); /* it may have died between its commit and the wake */
 }
@@ -506,7 +522,7 @@ static void sweep_consuming(struct shmq *q)
             shmq_side_publish(shmq_side(q, SHMQ_CONSUMING), mark);
     }
     shmq_leave_side(q, SHMQ_CONSUMING);
-    atomic_thread_fence(memory_order_seq_cst); /* [W2] */
+    fence_after_unlock();
     if (may_take(q))
         shmq_items_wake(&q->seg->waiters, 1);
     offer_room(q, true);
@@ -688,6 +704,7 @@ int shmq_clear(struct shmq *q, uint64_t deadline_ns)
     if ((rc = enter_side_by(q, SHMQ_CONSUMING, deadline_ns)) == SHMQ_OK) {
         rc = clear_locked(q);
         shmq_leave_side(q, SHMQ_CONSUMING);
+        fence_after_unlock();
         after_get(q);
     }
     shmq_let_go(q);

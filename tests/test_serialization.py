@@ -63,9 +63,9 @@ def put(
 ) -> Sent:
     """Lay an item out as the ring does."""
     if route != "slow" and method == MSGPACK and type(item) not in BYTES_TYPES:
-        packb, option = fast(route, lambda: serialization.fast_pack(strict_types))
+        pack, option, _ = fast(route, strict_types)
         with contextlib.suppress(Exception):
-            return Sent(MSGPACK, bytearray(packb(item, None, option)), phase)
+            return Sent(MSGPACK, bytearray(pack(item, None, option)), phase)
     used, is_aligned, parts = serialization.encode(
         item, method, allow_pickle=allow_pickle, strict_types=strict_types, custom=custom
     )
@@ -82,19 +82,19 @@ def put(
 
 def get(sent: Sent, *, route: str = "slow", allow_pickle: bool = True, custom: Any = None) -> Any:
     if route != "slow" and sent.method == MSGPACK:
-        unpackb, ext_hook, option = fast(route, serialization.fast_unpack)
+        _, _, unpack = fast(route, False)
         with contextlib.suppress(Exception):
-            return unpackb(bytes(sent.payload), ext_hook=ext_hook, option=option)
+            return unpack(sent.payload)
     return serialization.decode(
         sent.method, memoryview(sent.payload), sent.phase, allow_pickle=allow_pickle, custom=custom
     )
 
 
-def fast(route: str, choose: Callable[[], Any]) -> Any:
+def fast(route: str, strict_types: bool) -> Any:
     if route == "ormsgpack":
-        return choose()
+        return serialization.fast_codec(strict_types)
     with mock.patch.object(serialization, "_ormsgpack", None):
-        return choose()
+        return serialization.fast_codec(strict_types)
 
 
 def same(sent: Any, got: Any, *, tuples: bool = True) -> bool:
@@ -278,12 +278,9 @@ def test_subclasses_and_foreign_types_go_by_pickle_anywhere_and_keep_their_type(
 @pytest.mark.parametrize("route", ["ormsgpack", "msgpack"])
 def test_fast_functions_need_no_help_with_msgpack_types(route: str) -> None:
     item = {"id": 1, "at": [2.5, None, True, b"x", ()]}
-    packb, option = fast(route, lambda: serialization.fast_pack(False))
-    assert packb(item, None, option) == msgpack.packb(item)
-    unpackb, ext_hook, option = fast(route, serialization.fast_unpack)
-    assert unpackb(msgpack.packb(item)) == {**item, "at": [2.5, None, True, b"x", []]}
-    other = {1: msgpack.Timestamp(1, 2), (None, (2.5,)): msgpack.ExtType(5, b"x")}
-    assert same(other, unpackb(msgpack.packb(other), ext_hook=ext_hook, option=option))
+    pack, option, unpack = fast(route, False)
+    assert pack(item, None, option) == msgpack.packb(item)
+    assert unpack(msgpack.packb(item)) == {**item, "at": [2.5, None, True, b"x", []]}
 
 
 @few

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
 
 from . import _core, lifecycle, names, reflog, serialization
 from . import exceptions as exc
@@ -31,12 +31,10 @@ SIZE_HEADER = 8
 """Bytes that an item takes in the ring beside its payload."""
 
 if TYPE_CHECKING:
-    from typing_extensions import TypeVar
+    from typing_extensions import TypeVar as TypeVarWithDefault
 
-    T = TypeVar("T", default=Any)  # ShmQueue("jobs") is a queue of anything
+    T = TypeVarWithDefault("T", default=Any)  # ShmQueue("jobs") is a queue of anything
 else:
-    from typing import TypeVar
-
     T = TypeVar("T")
 _log = logging.getLogger("shmqueue")
 
@@ -109,7 +107,7 @@ class ShmQueue(_core.Handle[T]):
         self._open(_whole_pages(queue_name, buffer_size))
 
     def _open(self, capacity: int) -> None:
-        codec = (*serialization.fast_pack(self._options["strict_types"]), serialization.fast_unpack()[0])
+        codec = serialization.fast_codec(self._options["strict_types"])
         status, was_created, fault = self._attach(os.fsencode(self._path), capacity, 0o600, codec)
         if status != _core.OK:
             self._raise_fault(status, fault, "attach")
@@ -269,22 +267,30 @@ class ShmQueue(_core.Handle[T]):
     # ---- what the binding asks for
 
     def _encode(self, data: Any, method: int | None) -> tuple[int, bool, tuple[Any, ...]]:
-        return serialization.encode(
-            data,
-            serialization.SerializationMethods.DEFAULT if method is None else method,
-            allow_pickle=self._options["allow_pickle"],
-            strict_types=self._options["strict_types"],
-            custom=self._serializer,
-        )
+        try:
+            return serialization.encode(
+                data,
+                serialization.SerializationMethods.DEFAULT if method is None else method,
+                allow_pickle=self._options["allow_pickle"],
+                strict_types=self._options["strict_types"],
+                custom=self._serializer,
+            )
+        except exc.ShmQueueException as error:
+            error.args = (f"{self._who}: {error}",)
+            raise
 
-    def _decode(self, method: int, payload: bytes | memoryview, phase: int) -> Any:
-        return serialization.decode(
-            method,
-            payload,
-            phase,
-            allow_pickle=self._options["allow_pickle"],
-            custom=self._deserializer,
-        )
+    def _decode(self, method: int, payload: bytes | bytearray | memoryview, phase: int) -> Any:
+        try:
+            return serialization.decode(
+                method,
+                payload,
+                phase,
+                allow_pickle=self._options["allow_pickle"],
+                custom=self._deserializer,
+            )
+        except exc.ShmQueueException as error:
+            error.args = (f"{self._who}: {error}",)
+            raise
 
     def _max_items(self, max_items: Any) -> int:
         try:

@@ -1,6 +1,6 @@
 """How an item becomes the bytes of a record, and how they become an item again.
 
-Pure functions; they know no queue. The binding tries ``fast_pack`` / ``fast_unpack`` first and calls
+Pure functions; they know no queue. The binding tries ``fast_codec``'s functions first and calls
 ``encode`` / ``decode`` whenever that raised or can't apply. The method id stands in the record's header:
 
     id             payload
@@ -104,13 +104,13 @@ _ormsgpack = _find_ormsgpack()
 # --- what the binding calls first -------------------------------------------------------------------
 
 
-def fast_pack(strict_types: bool) -> tuple[Callable[[Any, None, int], bytes], int]:
-    """Return ``(packb, option)``, to be called as ``packb(item, None, option)``.
+def fast_codec(strict_types: bool) -> tuple[Callable[..., bytes], int, Callable[[bytes], Any]]:
+    """Return ``(pack, option, unpack)``, to be called as ``pack(item, None, option)`` and ``unpack(payload)``.
 
-    What it returns is the payload of method 0. If it raises an ``Exception``, ``encode`` decides.
+    They make and read payloads of method 0. If one raises an ``Exception``, ``encode`` or ``decode`` decides.
     """
     if _ormsgpack is None:
-        return _pack, int(strict_types)
+        return _pack, strict_types, _unpack_plainly
     option: int = (
         _ormsgpack.OPT_PASSTHROUGH_DATACLASS
         | _ormsgpack.OPT_PASSTHROUGH_DATETIME
@@ -119,20 +119,8 @@ def fast_pack(strict_types: bool) -> tuple[Callable[[Any, None, int], bytes], in
         | _ormsgpack.OPT_PASSTHROUGH_UUID
     )
     if strict_types:
-        return _pack_strictly, option | _ormsgpack.OPT_PASSTHROUGH_TUPLE
-    return _ormsgpack.packb, option
-
-
-def fast_unpack() -> tuple[Callable[..., Any], Callable[[int, bytes], Any], int]:
-    """Return ``(unpackb, ext_hook, option)``.
-
-    ``unpackb(payload, ext_hook=ext_hook, option=option)`` reads the payload of method 0, and
-    ``unpackb(payload)`` one that has only str keys and no ExtType or Timestamp; that takes some 50 ns less.
-    If it raises an ``Exception``, ``decode`` decides.
-    """
-    if _ormsgpack is None:
-        return _unpack, _unpack_ext, 0
-    return _ormsgpack.unpackb, _unpack_ext, _ormsgpack.OPT_NON_STR_KEYS
+        return _pack_strictly, option | _ormsgpack.OPT_PASSTHROUGH_TUPLE, _ormsgpack.unpackb
+    return _ormsgpack.packb, option, _ormsgpack.unpackb
 
 
 # --- items to bytes ---------------------------------------------------------------------------------
@@ -354,12 +342,17 @@ def decode(
         ) from error
 
 
-def _unpack(payload: bytes | bytearray | memoryview, *, ext_hook: object = None, option: object = None) -> Any:
-    """Unpack all that can be packed; ormsgpack refuses an ExtType as a key and more than 1022 levels."""
-    try:
-        return msgpack.unpackb(payload, strict_map_key=False)
-    except TypeError:  # an array as a key: it was a tuple
-        return msgpack.unpackb(payload, strict_map_key=False, object_pairs_hook=_dict_of_pairs)
+def _unpack(payload: bytes | bytearray | memoryview) -> Any:
+    """Unpack what the fast way doesn't: other keys than str, ExtType, Timestamp; by msgpack ExtType as a key and more
+    than 1022 levels."""
+    if _ormsgpack is not None:
+        with contextlib.suppress(ValueError):
+            return _ormsgpack.unpackb(payload, ext_hook=_unpack_ext, option=_ormsgpack.OPT_NON_STR_KEYS)
+    return msgpack.unpackb(payload, strict_map_key=False, object_pairs_hook=_dict_of_pairs)
+
+
+def _unpack_plainly(payload: bytes) -> Any:
+    return msgpack.unpackb(payload, strict_map_key=False)
 
 
 def _unpack_ext(code: int, data: bytes) -> msgpack.ExtType | msgpack.Timestamp:

@@ -7,14 +7,22 @@
 
 #include "shmq.h"
 
+/* A Python callable, called at C speed when it is a C function of the usual kind. */
+struct callable {
+    PyObject *object;
+    PyObject *(*function)(PyObject *self, PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames); /* or NULL */
+};
+
 /* A handle. Policy and messages live in the Python class that inherits from it (queue.py): `_encode`, `_decode`,
  * `_failed`, `_bad_timeout`. */
 struct handle {
     PyObject_HEAD
     struct shmq *q;
-    PyObject *pack, *pack_options; /* pack(data, None, pack_options) -> bytes, or raises */
-    PyObject *unpack;              /* unpack(bytes) -> object, or raises */
-    PyObject *pending;             /* the error that get_many() kept for the next call */
+    struct callable pack;   /* pack(data, None, pack_options) -> bytes, or raises */
+    struct callable unpack; /* unpack(bytes or bytearray) -> object, or raises */
+    PyObject *pack_options;
+    PyObject *pending; /* the error that get_many() kept for the next call */
+    PyObject *scratch; /* a bytearray for small payloads, while no get uses it */
 };
 
 /* An object on its way into the ring. */
@@ -27,6 +35,8 @@ struct encoded {
     PyObject *owner; /* what else is kept alive */
     uint8_t head[8];
 };
+
+struct callable codec_callable(PyObject *object);
 
 /* Encode `data`. method: NULL for the default. 0, or -1 with an exception. Release what was encoded afterwards. */
 int codec_encode(struct handle *self, PyObject *data, PyObject *method, struct encoded *e);

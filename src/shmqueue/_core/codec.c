@@ -6,6 +6,25 @@
 #define METHOD_OUT_OF_BAND 2
 #define BIG_COPY (64 * 1024) /* bytes; from here on the GIL is worth releasing */
 
+/* ---- calls */
+
+struct callable codec_callable(PyObject *object)
+{
+    struct callable c = {Py_NewRef(object), NULL};
+    if (PyCFunction_CheckExact(object) && PyCFunction_GetFlags(object) == (METH_FASTCALL | METH_KEYWORDS)) {
+        PyCFunction function = PyCFunction_GetFunction(object);
+        memcpy(&c.function, &function, sizeof function);
+    }
+    return c;
+}
+
+static PyObject *call(const struct callable *c, PyObject *const *args, Py_ssize_t nargs)
+{
+    if (c->function != NULL)
+        return c->function(PyCFunction_GET_SELF(c->object), args, nargs, NULL);
+    return PyObject_Vectorcall(c->object, args, (size_t)nargs, NULL);
+}
+
 /* ---- msgpack's bin format, so that bytes are copied once */
 
 static size_t bin_head(uint8_t *head, size_t len)
@@ -28,7 +47,7 @@ size_t codec_is_bytes(const struct shmq_in *in)
 
 /* ---- encode */
 
-static int encode_slowly(struct handle *self, PyObject *data, PyObject *method, struct encoded *e)
+static int encode_by_python(struct handle *self, PyObject *data, PyObject *method, struct encoded *e)
 {
     PyObject *result = PyObject_CallMethod((PyObject *)self, "_encode", "OO", data, method ? method : Py_None);
     PyObject *parts;
@@ -56,6 +75,14 @@ static int encode_slowly(struct handle *self, PyObject *data, PyObject *method, 
     return 0;
 }
 
+static int encode_slowly(struct handle *self, PyObject *data, PyObject *method, struct encoded *e)
+{
+    if (encode_by_python(self, data, method, e) == 0)
+        return 0;
+    codec_release(e);
+    return -1;
+}
+
 static int encode_bytes(PyObject *data, struct encoded *e)
 {
     size_t len = (size_t)PyBytes_GET_SIZE(data);
@@ -75,8 +102,10 @@ int codec_encode(struct handle *self, PyObject *data, PyObject *method, struct e
     if (method == NULL || (PyLong_CheckExact(method) && PyLong_AsLong(method) == METHOD_MSGPACK)) {
         if (PyBytes_CheckExact(data) && PyBytes_GET_SIZE(data) <= UINT32_MAX)
             return encode_bytes(data, e);
+        if (PyByteArray_CheckExact(data) || PyMemoryView_Check(data)) /* the packer would copy them */
+            return encode_slowly(self, data, method, e);
         PyObject *args[] = {data, Py_None, self->pack_options};
-        e->owner = PyObject_Vectorcall(self->pack, args, 3, NULL);
+        e->owner = call(&self->pack, args, 3);
         if (e->owner != NULL) {
             e->inline_parts[0] =
                 (struct shmq_part){PyBytes_AS_STRING(e->owner), (size_t)PyBytes_GET_SIZE(e->owner)};
@@ -89,10 +118,7 @@ int codec_encode(struct handle *self, PyObject *data, PyObject *method, struct e
     } else if (PyErr_Occurred()) {
         PyErr_Clear(); /* an int beyond a C long: `_encode` says what is wrong with it */
     }
-    if (encode_slowly(self, data, method, e) == 0)
-        return 0;
-    codec_release(e);
-    return -1;
+    return encode_slowly(self, data, method, e);
 }
 
 void codec_release(struct encoded *e)
@@ -151,7 +177,7 @@ PyObject *codec_copy(const struct shmq_in *in)
 PyObject *codec_decode(struct handle *self, uint32_t method, uint32_t phase, PyObject *payload)
 {
     if (method == METHOD_MSGPACK) {
-        PyObject *object = PyObject_CallOneArg(self->unpack, payload);
+        PyObject *object = call(&self->unpack, &payload, 1);
         if (object != NULL)
             return object;
         if (!PyErr_ExceptionMatches(PyExc_Exception) || PyErr_ExceptionMatches(PyExc_MemoryError))

@@ -320,38 +320,61 @@ static int take(struct handle *self, uint8_t *scratch, struct shmq_in *in, const
     return rc;
 }
 
-/* A payload that was copied out, on its way to become an object. */
-struct payload {
-    PyObject *bytes;
-    uint32_t method, phase;
-    bool is_object; /* already: the item is bytes */
-};
+/* ---- scratch
+ * A bytearray of SHMQ_SMALL bytes that a small payload is copied to and decoded from, kept for the next get: making a
+ * bytes object each time costs as much as the rest of a get. Whoever uses it has taken it out of the handle. */
 
-/* Copy a taken record. One in hand is let go of, or goes back to the front when there is no memory for it. */
-static int copy_payload(struct handle *self, struct shmq_in *in, struct payload *p)
+static PyObject *borrow_scratch(struct handle *self)
+{
+    PyObject *scratch = self->scratch;
+    self->scratch = NULL;
+    return scratch != NULL ? scratch : PyByteArray_FromStringAndSize(NULL, SHMQ_SMALL);
+}
+
+/* Show no more of it than the payload; its size is ours to set, as nobody else has seen it yet. */
+static void set_scratch_size(PyObject *scratch, Py_ssize_t size)
+{
+    Py_SET_SIZE(scratch, size);
+    PyByteArray_AS_STRING(scratch)[size] = 0;
+}
+
+/* Keep it, unless decoding has left somebody else with it or with a view of it. */
+static void return_scratch(struct handle *self, PyObject *scratch)
+{
+    if (self->scratch == NULL && Py_REFCNT(scratch) == 1 && ((PyByteArrayObject *)scratch)->ob_exports == 0)
+        self->scratch = scratch;
+    else
+        Py_DECREF(scratch);
+}
+
+/* ---- records as objects */
+
+/* Let go of a record in hand after copying it, or give it back. */
+static void end_hand(struct handle *self, const struct shmq_in *in, bool is_done)
+{
+    if (in->hand < 0)
+        return;
+    if (is_done)
+        shmq_release(self->q, in->hand);
+    else
+        shmq_give_back_from(self->q, in->hand, in->pos);
+    shmq_let_go(self->q);
+}
+
+/* The object of a record that is still where it was put, in the ring or on the heap. */
+static PyObject *to_object(struct handle *self, struct shmq_in *in)
 {
     size_t head = codec_is_bytes(in);
     struct shmq_in body = *in;
     body.payload += head;
     body.len -= (uint32_t)head;
-    *p = (struct payload){codec_copy(&body), in->method, in->phase, head > 0};
-    if (in->hand >= 0) {
-        if (p->bytes != NULL)
-            shmq_release(self->q, in->hand);
-        else
-            shmq_give_back_from(self->q, in->hand, in->pos);
-        shmq_let_go(self->q);
-    }
+    PyObject *payload = codec_copy(&body); /* without memory for it the record goes back to the front */
+    end_hand(self, in, payload != NULL);
     free(in->heap);
-    return p->bytes != NULL ? 0 : -1;
-}
-
-static PyObject *to_object(struct handle *self, const struct payload *p)
-{
-    if (p->is_object)
-        return p->bytes;
-    PyObject *object = codec_decode(self, p->method, p->phase, p->bytes);
-    Py_DECREF(p->bytes);
+    if (payload == NULL || head > 0)
+        return payload;
+    PyObject *object = codec_decode(self, in->method, in->phase, payload);
+    Py_DECREF(payload);
     return object;
 }
 
@@ -364,23 +387,26 @@ static PyObject *take_pending(struct handle *self)
     return NULL;
 }
 
-/* Apart from get_one(), so that the scratch is off the stack before anything is decoded. */
-__attribute__((noinline)) static int take_payload(struct handle *self, const struct wait *w, uint64_t *deadline,
-                                                  struct payload *p)
-{
-    uint8_t scratch[SHMQ_SMALL];
-    struct shmq_in in;
-    int rc = take(self, scratch, &in, w, deadline);
-    return rc == SHMQ_OK ? copy_payload(self, &in, p) : rc;
-}
-
 /* Take one object. NULL with *status: a status, or -1 for an exception. */
 static PyObject *get_one(struct handle *self, const struct wait *w, uint64_t *deadline, int *status)
 {
-    struct payload p;
-    PyObject *object = NULL;
-    if ((*status = take_payload(self, w, deadline, &p)) == SHMQ_OK && (object = to_object(self, &p)) == NULL)
-        *status = -1;
+    PyObject *object = NULL, *scratch = borrow_scratch(self);
+    struct shmq_in in;
+    *status = -1;
+    if (scratch == NULL)
+        return NULL;
+    uint8_t *start = (uint8_t *)PyByteArray_AS_STRING(scratch);
+    if ((*status = take(self, start, &in, w, deadline)) == SHMQ_OK) {
+        if (in.payload != start || codec_is_bytes(&in)) {
+            object = to_object(self, &in);
+        } else {
+            set_scratch_size(scratch, in.len);
+            object = codec_decode(self, in.method, in.phase, scratch);
+        }
+        if (object == NULL)
+            *status = -1;
+    }
+    return_scratch(self, scratch);
     return object;
 }
 
@@ -429,9 +455,8 @@ static int append_batch(struct handle *self, PyObject *list, const struct shmq_i
     int rc = 0;
     for (; i < n && rc == 0; i++) {
         struct shmq_in one = in[i];
-        struct payload p;
         one.hand = -1; /* the batch is let go of as a whole */
-        PyObject *object = copy_payload(self, &one, &p) == 0 ? to_object(self, &p) : NULL;
+        PyObject *object = to_object(self, &one);
         rc = object == NULL ? -1 : PyList_Append(list, object);
         Py_XDECREF(object);
     }
@@ -664,9 +689,9 @@ static PyObject *handle_attach(struct handle *self, PyObject *args)
     Py_BEGIN_ALLOW_THREADS
     rc = shmq_open(&self->q, path, capacity, mode, &fault);
     Py_END_ALLOW_THREADS
-    self->pack = Py_NewRef(pack);
+    self->pack = codec_callable(pack);
     self->pack_options = Py_NewRef(pack_options);
-    self->unpack = Py_NewRef(unpack);
+    self->unpack = codec_callable(unpack);
     return Py_BuildValue("(iO(sKKi))", rc, self->q != NULL && shmq_was_created(self->q) ? Py_True : Py_False, fault.what,
                          (unsigned long long)fault.found, (unsigned long long)fault.allowed, fault.error);
 }
@@ -719,18 +744,19 @@ static PyObject *handle_fork_child(struct handle *self, PyObject *Py_UNUSED(none
 static int handle_traverse(struct handle *self, visitproc visit, void *arg)
 {
     Py_VISIT(Py_TYPE(self));
-    Py_VISIT(self->pack);
-    Py_VISIT(self->unpack);
+    Py_VISIT(self->pack.object);
+    Py_VISIT(self->unpack.object);
     Py_VISIT(self->pending);
     return 0;
 }
 
 static int handle_drop(struct handle *self)
 {
-    Py_CLEAR(self->pack);
+    Py_CLEAR(self->pack.object);
     Py_CLEAR(self->pack_options);
-    Py_CLEAR(self->unpack);
+    Py_CLEAR(self->unpack.object);
     Py_CLEAR(self->pending);
+    Py_CLEAR(self->scratch);
     return 0;
 }
 
