@@ -275,9 +275,10 @@ static int map_segment(struct shmq *q, const struct shmq_segment_hdr *hdr)
 
 static void unmap_segment(struct shmq *q)
 {
-    if (q->seg != NULL)
-        port_unmap(q->seg, q->ring_offset, q->ring.capacity);
-    q->seg = NULL;
+    void *base = q->seg;
+    q->seg = NULL; /* first: a fork in between must not leave the child with an address of nothing */
+    if (base != NULL)
+        port_unmap(base, q->ring_offset, q->ring.capacity);
 }
 
 /* Get a slot of q's mapped segment through fd, on which byte 0 is held, and pin it. fd is the caller's to close. */
@@ -314,11 +315,12 @@ static int attach(struct shmq *q, uint64_t capacity, struct shmq_fault *fault)
     rc = read_header(fd, &hdr, fault);
     if (rc == SHMQ_OK)
         rc = lock_byte0(fd, fault);
-    if (rc == SHMQ_OK && !is_named(fd, q->path))
-        rc = fail_system(fault, "open", ENOENT); /* unlinked while we waited: start over */
     int error = 0;
-    if (rc == SHMQ_OK && ((error = port_open(q->path, &q->probe_fd)) != 0 || (error = port_stat(q->probe_fd, &q->file)) != 0 ||
-                          (error = map_segment(q, &hdr)) != 0))
+    if (rc == SHMQ_OK && ((error = port_open(q->path, &q->probe_fd)) != 0 || (error = port_stat(q->probe_fd, &q->file)) != 0))
+        rc = fail_system(fault, "open", error);
+    if (rc == SHMQ_OK && !is_named(fd, q->path)) /* asked last, so that both descriptors lead to it */
+        rc = fail_system(fault, "open", ENOENT); /* unlinked while we waited: start over */
+    if (rc == SHMQ_OK && (error = map_segment(q, &hdr)) != 0)
         rc = fail_system(fault, "map", error);
     if (rc == SHMQ_OK && is_stale(q, fd, capacity)) {
         port_unlink(q->path);
@@ -348,9 +350,9 @@ static int create(struct shmq *q, uint64_t capacity, uint32_t mode, struct shmq_
             error = map_segment(q, &hdr);
         if (error == 0 && rc == SHMQ_OK)
             rc = join(q, fd, fault);
-        if (error != 0 || rc != SHMQ_OK)
+        q->was_created = error == 0 && rc == SHMQ_OK;
+        if (!q->was_created && is_named(fd, q->path)) /* by now the name may lead to somebody else's */
             port_unlink(q->path);
-        q->was_created = true;
     }
     port_unlock_byte(fd, 0);
     port_close(fd);
@@ -443,7 +445,7 @@ int shmq_fork_child(struct shmq *q)
     q->child_fd = -1;
     if (fd < 0)
         return SHMQ_GONE;
-    if (q->seg == NULL) { /* closed by another thread between the two steps */
+    if (q->seg == NULL || shmq_is_closing(q)) { /* by another thread between the two steps */
         port_close(fd);
         return SHMQ_CLOSED;
     }
@@ -460,7 +462,7 @@ int shmq_adopt(struct shmq *q)
 {
     struct port_file file;
     int fd, rc;
-    if (q->seg == NULL || atomic_load(&q->is_closing))
+    if (q->seg == NULL || shmq_is_closing(q))
         return SHMQ_CLOSED;
     if (port_open(q->path, &fd) != 0)
         return SHMQ_GONE;
@@ -559,7 +561,7 @@ int shmq_corrupt(struct shmq *q, const char *what, uint64_t found, uint64_t allo
 
 int shmq_usable(const struct shmq *q)
 {
-    if (atomic_load_explicit(&((struct shmq *)q)->is_closing, memory_order_relaxed))
+    if (shmq_is_closing(q))
         return SHMQ_CLOSED;
     return atomic_load_explicit(port_cookie_page, memory_order_relaxed) == q->cookie ? SHMQ_OK : SHMQ_FORKED;
 }

@@ -24,14 +24,21 @@ struct shmq {
     int child_fd;          /* between fork_before and fork_parent or fork_child: the child's slot, locked */
     uint64_t child_self;
     bool was_created, may_spin;
-    _Atomic uint32_t calls; /* `_wait` calls inside */
-    _Atomic bool is_closing, is_detached;
+    _Atomic uint32_t calls; /* who holds the handle; SHMQ_CLOSING: nobody may any more, and the last to let go detaches */
+    _Atomic bool is_detached;
     /* what we last saw of the other side: bounds that can only be behind */
     _Atomic uint64_t put_seen, free_seen;
     _Atomic uint64_t next_sweep_ns;
     struct shmq_spin spin; /* consumers'; a full ring is worth sleeping for */
     struct shmq_fault fault;
 };
+
+#define SHMQ_CLOSING (UINT32_C(1) << 31)
+
+static inline bool shmq_is_closing(const struct shmq *q)
+{
+    return (atomic_load_explicit(&((struct shmq *)q)->calls, memory_order_relaxed) & SHMQ_CLOSING) != 0;
+}
 
 static inline struct shmq_side_hdr *shmq_side(const struct shmq *q, int side) { return &q->seg->side[side]; }
 

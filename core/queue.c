@@ -20,10 +20,9 @@
 int shmq_hold(struct shmq *q)
 {
     int rc = shmq_usable(q);
-    if (rc == SHMQ_FORKED)
+    if (rc != SHMQ_OK)
         return rc;
-    atomic_fetch_add(&q->calls, 1);
-    if (!atomic_load(&q->is_closing))
+    if ((atomic_fetch_add(&q->calls, 1) & SHMQ_CLOSING) == 0)
         return SHMQ_OK;
     shmq_let_go(q);
     return SHMQ_CLOSED;
@@ -31,27 +30,35 @@ int shmq_hold(struct shmq *q)
 
 void shmq_let_go(struct shmq *q)
 {
-    if (atomic_fetch_sub(&q->calls, 1) == 1 && atomic_load(&q->is_closing))
+    if (atomic_fetch_sub(&q->calls, 1) == (SHMQ_CLOSING | 1))
         shmq_detach(q);
 }
 
-void shmq_close_begin(struct shmq *q) { atomic_store(&q->is_closing, true); }
-
-int shmq_close(struct shmq *q, bool now)
+bool shmq_close_begin(struct shmq *q)
 {
-    shmq_close_begin(q);
-    if (atomic_load(port_cookie_page) != q->cookie)
-        atomic_store(&q->calls, 0); /* the parent's */
-    if (atomic_load(&q->calls) == 0)
-        return shmq_detach(q);
-    if (q->seg != NULL && !atomic_load(&q->is_detached)) {
-        atomic_fetch_add(&q->seg->waiters.items, 1);
-        port_wake(&q->seg->waiters.items, INT_MAX);
-        atomic_fetch_add(&q->seg->waiters.room, 1);
-        port_wake(&q->seg->waiters.room, INT_MAX);
-    }
-    return now ? shmq_leave(q) : SHMQ_OK;
+    uint32_t calls = atomic_load(&q->calls), wish;
+    do {
+        if (calls & SHMQ_CLOSING)
+            return false;
+        /* we hold the handle like a call; those of a forked child's parent don't exist */
+        wish = (shmq_usable(q) == SHMQ_FORKED ? 1 : calls + 1) | SHMQ_CLOSING;
+    } while (!atomic_compare_exchange_weak(&q->calls, &calls, wish));
+    return true;
 }
+
+int shmq_close_end(struct shmq *q, bool now)
+{
+    atomic_fetch_add(&q->seg->waiters.items, 1);
+    port_wake(&q->seg->waiters.items, INT_MAX);
+    atomic_fetch_add(&q->seg->waiters.room, 1);
+    port_wake(&q->seg->waiters.room, INT_MAX);
+    int rc = now && atomic_load(&q->calls) != (SHMQ_CLOSING | 1) ? shmq_leave(q) : SHMQ_OK;
+    if (atomic_fetch_sub(&q->calls, 1) == (SHMQ_CLOSING | 1))
+        rc = shmq_detach(q);
+    return rc;
+}
+
+int shmq_close(struct shmq *q, bool now) { return shmq_close_begin(q) ? shmq_close_end(q, now) : SHMQ_OK; }
 
 static const struct shmq_hands *hands_of(const struct shmq *q, int side)
 {
@@ -572,7 +579,7 @@ static int wait_for_room(struct shmq *q, uint64_t bytes, uint64_t deadline_ns)
 {
     struct shmq_waiters_hdr *w = &q->seg->waiters;
     uint32_t key = shmq_room_begin(w, bytes);
-    if (free_bytes(q) >= bytes || atomic_load(&q->is_closing))
+    if (free_bytes(q) >= bytes || shmq_is_closing(q))
         return SHMQ_OK;
     return sleep_by(q, &w->room, key, deadline_ns);
 }
@@ -586,7 +593,7 @@ static int wait_for_items(struct shmq *q, uint64_t seen, uint64_t deadline_ns)
     if (q->may_spin && shmq_spin(&q->spin, &shmq_side(q, SHMQ_PRODUCING)->seq, seen))
         return SHMQ_OK;
     uint32_t key = shmq_items_begin(w);
-    if (may_take(q) || atomic_load(&q->is_closing))
+    if (may_take(q) || shmq_is_closing(q))
         return SHMQ_OK;
     int rc = sleep_by(q, &w->items, key, deadline_ns);
     if (rc == SHMQ_OK)
@@ -598,7 +605,7 @@ static int put_wait(struct shmq *q, const struct shmq_out *outs, uint32_t n, uin
 {
     bool is_swept = false;
     for (;;) {
-        if (atomic_load(&q->is_closing))
+        if (shmq_is_closing(q))
             return SHMQ_CLOSED;
         int rc = enter_side_by(q, SHMQ_PRODUCING, deadline_ns);
         if (rc == SHMQ_OK)
@@ -632,7 +639,7 @@ static int get_wait(struct shmq *q, uint8_t *scratch, struct shmq_in *in, uint64
 {
     bool is_swept = false;
     for (;;) {
-        if (atomic_load(&q->is_closing))
+        if (shmq_is_closing(q))
             return SHMQ_CLOSED;
         uint64_t seen = atomic_load_explicit(&shmq_side(q, SHMQ_PRODUCING)->seq, memory_order_relaxed);
         int rc = enter_side_by(q, SHMQ_CONSUMING, deadline_ns);

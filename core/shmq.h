@@ -82,15 +82,15 @@ struct shmq_info {
  * *out is NULL unless OK; *fault says what was wrong. */
 int shmq_open(struct shmq **out, const char *path, uint64_t capacity, uint32_t mode, struct shmq_fault *fault);
 
-/* From here on every call but shmq_let_go() and shmq_close() is refused. The one step of closing that the `_try` and
- * status calls must be kept out of. */
-void shmq_close_begin(struct shmq *q);
-
 /* Detach: wakes this handle's sleeping calls; the last call to leave lets go of the slot, and the last
  * attachment unlinks the segment. Never waits for other threads. With `now` the unlinking doesn't wait for the calls
- * inside: for a process about to end, whose death lets go of the rest. Twice is fine. Returns OK, or BUSY / SYSTEM when the
- * segment couldn't be looked at (it then stays in place; the attachment is gone all the same). */
+ * inside: for a process about to end, whose death lets go of the rest. Twice is fine. Returns OK, or BUSY / SYSTEM when
+ * the segment couldn't be looked at (it then stays in place; the attachment is gone all the same).
+ * In two steps: begin, the one that the `_try` and status calls must be kept out of, refuses all calls from there on;
+ * false: somebody has begun already. Who got true owes the end. */
 int shmq_close(struct shmq *q, bool now);
+bool shmq_close_begin(struct shmq *q);
+int shmq_close_end(struct shmq *q, bool now);
 
 /* Keep the handle attached, also while it is being closed: around waiting and copying. OK | CLOSED | FORKED */
 int shmq_hold(struct shmq *q);

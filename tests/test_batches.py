@@ -148,7 +148,7 @@ def test_put_many_takes_the_arguments_of_put(q: ShmQueue[Any]) -> None:
 
 def test_items_of_one_batch_stay_in_order_among_those_of_others(queue_name: str) -> None:
     with ShmQueue[Any](queue_name) as q:
-        calls = [Call(q.put_many, ([me, i] for i in range(2000))) for me in range(3)]
+        calls = [Call(q.put_many, zip(itertools.repeat(me), range(2000))) for me in range(3)]
         expected = [0, 0, 0]
         for me, i in (q.get(timeout=PATIENCE_S) for _ in range(6000)):
             assert i == expected[me]
@@ -379,7 +379,7 @@ def test_an_interrupt_from_the_iterable_is_not_held_up_by_a_full_queue(q: ShmQue
         q.put_many(failing(3, KeyboardInterrupt()))
 
     call = Call(work)
-    call.join(10)
+    call.join(3)
     was_held_up = call.is_alive()
     q.clear()
     with pytest.raises(KeyboardInterrupt) as caught:
@@ -566,7 +566,7 @@ def test_get_many_mixes_sizes_and_methods_in_order(queue_name: str) -> None:
 
 def test_get_many_makes_room_for_waiting_producers(queue_name: str) -> None:
     with ShmQueue[Any](queue_name) as q:
-        q.put_many(range(SYSTEM_PAGESIZE // 9))
+        q.put_many([0] * (SYSTEM_PAGESIZE // 9))
         calls = [Call(q.put, bytes(1000)) for _ in range(3)]
         asleep(*calls)
         q.get_many()

@@ -11,6 +11,7 @@ import os
 import signal
 import threading
 import weakref
+from collections import Counter
 from multiprocessing import resource_tracker, util
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -68,6 +69,7 @@ def _after_in_child() -> None:
         queue._fork_child()  # where it fails, the first call attaches
     _inherited.update(_forking)
     _forking.clear()
+    _tracked.clear()
     _fork_lock.release()
     _leave_at_exit()
 
@@ -114,18 +116,23 @@ os.register_at_fork(
 # ---- signals
 
 _SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
-_previous: dict[int, Any] = {}
 
 
-def _on(number: int, frame: FrameType | None) -> None:
-    for queue in list(_on_signal):
-        queue._leave(now=True)
-    previous = _previous.get(number, signal.SIG_DFL)
-    if callable(previous):
-        previous(number, frame)
-    elif previous == signal.SIG_DFL:
-        signal.signal(number, signal.SIG_DFL)
-        os.kill(os.getpid(), number)
+class _Handler:
+    """Shuts the queues down, then does what would have been done without it. Each remembers what was
+    there before it, so that a program's own handlers may stand between two of them."""
+
+    def __init__(self, previous: Any) -> None:
+        self._previous = previous
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        for queue in list(_on_signal):
+            queue._leave(now=True)
+        if callable(self._previous):
+            self._previous(number, frame)
+        else:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
 
 def handle_signals(queue: ShmQueue[Any]) -> None:
@@ -138,21 +145,29 @@ def handle_signals(queue: ShmQueue[Any]) -> None:
     for number in _SIGNALS:
         current = signal.getsignal(number)
         # An ignored signal stays ignored (nohup); None is a handler that C code has installed.
-        if current not in (_on, signal.SIG_IGN, None):
-            _previous[number] = current
-            signal.signal(number, _on)
+        if current not in (signal.SIG_IGN, None) and not isinstance(current, _Handler):
+            signal.signal(number, _Handler(current))
 
 
 # ---- the resource tracker
 
 
-def _tracked(path: str) -> str:
-    return "/" + os.path.basename(path)  # what the tracker gives to shm_unlink
+_tracked: Counter[str] = Counter()  # this process's handles; the tracker itself doesn't count
 
 
 def track(path: str) -> None:
-    resource_tracker.register(_tracked(path), "shared_memory")
+    if _tracked[path] == 0:
+        resource_tracker.register(_tracked_name(path), "shared_memory")
+    _tracked[path] += 1
 
 
 def untrack(path: str) -> None:
-    resource_tracker.unregister(_tracked(path), "shared_memory")
+    """A forked child's inherited handle was registered by its parent, which will also unregister it."""
+    if _tracked[path] > 0:
+        _tracked[path] -= 1
+        if _tracked[path] == 0:
+            resource_tracker.unregister(_tracked_name(path), "shared_memory")
+
+
+def _tracked_name(path: str) -> str:
+    return "/" + os.path.basename(path)  # what the tracker gives to shm_unlink

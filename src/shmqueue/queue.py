@@ -302,12 +302,22 @@ class ShmQueue(_core.Handle[T]):
             raise exc.ShmQueueValueError(f"{self._who}: max_items is {n}, at least 1 is needed")
         return min(n, 2**62)
 
-    def _bad_timeout(self, timeout: Any) -> NoReturn:
-        if not isinstance(timeout, (int, float)):
-            kind = type(timeout).__name__
-            raise exc.ShmQueueTypeError(f"{self._who}: timeout must be a number or None, not {kind}")
-        found = "NaN" if math.isnan(timeout) else f"{timeout}"
-        raise exc.ShmQueueValueError(f"{self._who}: 'timeout' must be a non-negative number, not {found}")
+    def _seconds(self, timeout: Any) -> float:
+        kind = type(timeout)
+        if not (hasattr(kind, "__float__") or hasattr(kind, "__index__")):
+            raise exc.ShmQueueTypeError(
+                f"{self._who}: timeout must be a number or None, not {kind.__name__}"
+            )
+        try:
+            seconds = float(timeout)
+        except OverflowError:  # an int beyond any float
+            seconds = math.copysign(math.inf, timeout > 0 or -1)
+        if not seconds >= 0:
+            found = "NaN" if math.isnan(seconds) else timeout
+            raise exc.ShmQueueValueError(
+                f"{self._who}: 'timeout' must be a non-negative number, not {found}"
+            )
+        return seconds
 
     def _put_so_far(self, error: BaseException, accepted: int, left: list[T], rest: Iterator[T]) -> None:
         exc.with_progress(error, accepted, chain(left, rest))
@@ -317,7 +327,7 @@ class ShmQueue(_core.Handle[T]):
         return f"queue {self._name!r}"
 
     def _failed(self, status: int, size: int, timeout: float | None) -> NoReturn:
-        within = "" if timeout is None else f" within {timeout:g} s"
+        within = "" if timeout is None else f" within {float(timeout):g} s"
         if status == _core.FULL:
             raise exc.ShmQueueFull(
                 f"{self._who}: no room for {size} bytes{within} "

@@ -14,7 +14,7 @@ struct callable {
 };
 
 /* A handle. Policy and messages live in the Python class that inherits from it (queue.py): `_encode`, `_decode`,
- * `_failed`, `_bad_timeout`. */
+ * `_failed`, `_seconds`. */
 struct handle {
     PyObject_HEAD
     struct shmq *q;

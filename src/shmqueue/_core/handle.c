@@ -50,13 +50,10 @@ static int parse_wait(struct handle *self, PyObject *block, PyObject *timeout, s
         w->timeout = NULL;
         return 0;
     }
-    w->seconds = PyFloat_AsDouble(timeout);
-    if (!PyErr_Occurred() && w->seconds >= 0)
-        return 0;
-    PyErr_Clear();
-    PyObject *result = PyObject_CallMethod((PyObject *)self, "_bad_timeout", "O", timeout);
-    Py_XDECREF(result); /* it raises */
-    return -1;
+    PyObject *seconds = PyObject_CallMethod((PyObject *)self, "_seconds", "O", timeout);
+    w->seconds = seconds != NULL ? PyFloat_AsDouble(seconds) : -1;
+    Py_XDECREF(seconds);
+    return PyErr_Occurred() ? -1 : 0;
 }
 
 static uint64_t deadline_of(const struct wait *w)
@@ -182,7 +179,10 @@ static void drop_first(struct batch *b, uint32_t n)
 /* Send the whole batch off. On return b->n items from `*sent` on are still there. A status, or -1. */
 static int send_batch(struct handle *self, struct batch *b, uint32_t *sent, const struct wait *w, uint64_t *deadline)
 {
+    uint64_t at_once = 0;
     int rc = SHMQ_OK;
+    if (!w->block)
+        deadline = &at_once;
     *sent = 0;
     for (uint32_t i = 0; i < b->n; i++)
         b->out[i] = b->e[i].out;
@@ -237,33 +237,30 @@ static PyObject *list_of_rest(struct batch *b, uint32_t from, PyObject *refused)
     return list;
 }
 
-/* One round: read a batch and put it. 0: go on; 1: all done; -1: an exception. */
+/* One round: read a batch and put it. 0: go on; 1: all done; -1: an exception. After one from the iterable or the codec
+ * what had come before goes in if there is room: an interrupt must not be held up by a full queue. */
 static int put_round(struct handle *self, PyObject *iterator, PyObject *method, struct batch *b, const struct wait *w,
                      uint64_t *deadline, Py_ssize_t *accepted)
 {
+    static const struct wait dont_wait = DONT_WAIT;
     PyObject *refused = NULL, *type, *error, *trace;
     uint32_t sent = 0;
     int more = fill_batch(self, iterator, method, b, &refused);
-    PyErr_Fetch(&type, &error, &trace); /* what came before the refused item goes in first */
-    int rc = send_batch(self, b, &sent, w, deadline);
+    PyErr_Fetch(&type, &error, &trace);
+    int rc = send_batch(self, b, &sent, more < 0 ? &dont_wait : w, deadline);
     *accepted += sent;
-    if (rc == SHMQ_OK) {
-        PyErr_Restore(type, error, trace);
-    } else {
-        if (rc > 0)
-            fail(self, rc, b->out[sent].size, w->timeout);
-        Py_XDECREF(type);
-        Py_XDECREF(error);
-        Py_XDECREF(trace);
-    }
-    if (PyErr_Occurred()) {
+    if (rc > 0 && type == NULL)
+        fail(self, rc, b->out[sent].size, w->timeout);
+    if (type == NULL)
         PyErr_Fetch(&type, &error, &trace);
+    if (type != NULL) {
+        more = -1;
+        PyErr_Clear();
         PyObject *left = list_of_rest(b, sent, refused);
         PyErr_Restore(type, error, trace);
         if (left != NULL)
             describe_rest(self, left, iterator, *accepted);
         Py_XDECREF(left);
-        more = -1;
     }
     drop_first(b, b->n);
     Py_XDECREF(refused);
@@ -328,23 +325,25 @@ static PyObject *borrow_scratch(struct handle *self)
 {
     PyObject *scratch = self->scratch;
     self->scratch = NULL;
-    return scratch != NULL ? scratch : PyByteArray_FromStringAndSize(NULL, SHMQ_SMALL);
+    return scratch != NULL ? scratch : PyByteArray_FromStringAndSize(NULL, SHMQ_SMALL); /* one byte more */
 }
 
 /* Show no more of it than the payload; its size is ours to set, as nobody else has seen it yet. */
 static void set_scratch_size(PyObject *scratch, Py_ssize_t size)
 {
-    Py_SET_SIZE(scratch, size);
     PyByteArray_AS_STRING(scratch)[size] = 0;
+    Py_SET_SIZE(scratch, size);
 }
 
 /* Keep it, unless decoding has left somebody else with it or with a view of it. */
 static void return_scratch(struct handle *self, PyObject *scratch)
 {
-    if (self->scratch == NULL && Py_REFCNT(scratch) == 1 && ((PyByteArrayObject *)scratch)->ob_exports == 0)
+    if (self->scratch == NULL && Py_REFCNT(scratch) == 1 && ((PyByteArrayObject *)scratch)->ob_exports == 0) {
+        Py_SET_SIZE(scratch, SHMQ_SMALL); /* PyByteArray_AS_STRING() of an empty one is no place to write to */
         self->scratch = scratch;
-    else
+    } else {
         Py_DECREF(scratch);
+    }
 }
 
 /* ---- records as objects */
@@ -710,10 +709,9 @@ static PyObject *handle_close(struct handle *self, PyObject *now)
     int rc = SHMQ_OK, is_now = PyObject_IsTrue(now);
     if (is_now < 0)
         return NULL;
-    if (self->q != NULL) {
-        shmq_close_begin(self->q); /* with the GIL held: no call is inside one of the steps that need it */
+    if (self->q != NULL && shmq_close_begin(self->q)) { /* with the GIL held, so that no `_try` call is inside */
         Py_BEGIN_ALLOW_THREADS
-        rc = shmq_close(self->q, is_now);
+        rc = shmq_close_end(self->q, is_now);
         Py_END_ALLOW_THREADS
     }
     return PyLong_FromLong(rc);
