@@ -237,7 +237,7 @@ class ShmQueue(_core.Handle[T]):
             return default
 
     def _journal(self, action: reflog.DebugRefLogAction, refs: int) -> None:
-        reflog.record(names.quote(self._name), self._handle_uuid, action, refs)
+        reflog.record(names.quote(self._name), self._handle_uuid, action, refs, logger=self._log)
 
     def __del__(self) -> None:
         if hasattr(self, "_capacity"):  # it was attached
