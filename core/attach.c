@@ -310,8 +310,10 @@ static int attach(struct shmq *q, uint64_t capacity, struct shmq_fault *fault)
 {
     struct shmq_segment_hdr hdr;
     int fd, rc = port_open(q->path, &fd); /* will hold byte 0 and our slot */
+    if (rc == ELOOP || rc == EISDIR || rc == ENXIO) /* a symbolic link, a folder, a socket */
+        return fail(fault, SHMQ_CORRUPT, "kind of file", 0, 0, 0);
     if (rc != 0)
-        return rc == ELOOP ? fail(fault, SHMQ_CORRUPT, "kind of file", 0, 0, 0) : fail_system(fault, "open", rc);
+        return fail_system(fault, "open", rc);
     rc = read_header(fd, &hdr, fault);
     if (rc == SHMQ_OK)
         rc = lock_byte0(fd, fault);
@@ -359,14 +361,19 @@ static int create(struct shmq *q, uint64_t capacity, uint32_t mode, struct shmq_
     return error != 0 ? fail_system(fault, "create", error) : rc;
 }
 
-static void drop_files(struct shmq *q)
+static void drop_probe(struct shmq *q)
 {
     struct port_file file;
-    unmap_segment(q);
     /* the program may have closed it; the number may be another file's now */
     if (q->probe_fd >= 0 && port_stat(q->probe_fd, &file) == 0 && is_same_file(&file, &q->file))
         port_close(q->probe_fd);
     q->probe_fd = -1;
+}
+
+static void drop_files(struct shmq *q)
+{
+    unmap_segment(q);
+    drop_probe(q);
 }
 
 int shmq_open(struct shmq **out, const char *path, uint64_t capacity, uint32_t mode, struct shmq_fault *fault)
@@ -526,6 +533,7 @@ int shmq_detach(struct shmq *q)
         return SHMQ_OK;
     if (is_ours(q)) {
         port_fork_guard();
+        drop_probe(q); /* first: unlinking needs a descriptor, and there may be no other left */
         rc = unlink_if_last(q, true);
         let_go_of_slot(q);
         port_fork_unguard();

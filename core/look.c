@@ -20,16 +20,23 @@ static uint64_t committed_in(const struct shmq *q, uint64_t pos, uint64_t end)
     return n;
 }
 
-static uint64_t given_back(const struct shmq *q)
+/* Items that entries of H without an owner will deliver. False: one changed while we looked. An entry at or beyond get_pos
+ * is void: its record still counts among those ahead. */
+static bool given_back(const struct shmq *q, uint64_t get_pos, uint64_t *n)
 {
-    uint64_t n = 0;
+    *n = 0;
     for (uint32_t i = 0, top = shmq_hands_top(&q->claims); i < top; i++) {
         const struct shmq_hand_hdr *e = &q->claims.entry[i];
         uint64_t pos1 = shmq_hand_pos1(e);
-        if (pos1 != 0 && shmq_hand_owner(e) == 0)
-            n += committed_in(q, pos1 - 1, shmq_hand_end(e));
+        if (pos1 == 0 || pos1 > get_pos || shmq_hand_owner(e) != 0)
+            continue;
+        *n += committed_in(q, pos1 - 1, shmq_hand_end(e));
+        /* while it stands there, nobody writes to its records; that we have read them before this is the fence's work */
+        atomic_thread_fence(memory_order_acquire);
+        if (shmq_hand_pos1(e) != pos1 || shmq_hand_owner(e) != 0)
+            return false;
     }
-    return n;
+    return true;
 }
 
 /* Reservations between the positions that are no items: not committed yet, or abandoned. */
@@ -53,8 +60,9 @@ int shmq_info(struct shmq *q, struct shmq_info *info)
             !shmq_side_read(shmq_side(q, SHMQ_PRODUCING), &put, &put_seq))
             break;
         *info = (struct shmq_info){put.pos, get.pos, shmq_hands_lowest(&q->claims, get.pos), 0};
-        info->qsize = put.count - get.count + given_back(q) - not_items(q, get.pos, put.pos);
-        if (shmq_side_read(shmq_side(q, SHMQ_CONSUMING), &again, &get_seq2) &&
+        bool is_whole = given_back(q, get.pos, &info->qsize);
+        info->qsize += put.count - get.count - not_items(q, get.pos, put.pos);
+        if (is_whole && shmq_side_read(shmq_side(q, SHMQ_CONSUMING), &again, &get_seq2) &&
             shmq_side_read(shmq_side(q, SHMQ_PRODUCING), &again, &put_seq2) && get_seq == get_seq2 && put_seq == put_seq2 &&
             put.pos >= info->free_pos && put.pos - info->free_pos <= q->ring.capacity)
             return SHMQ_OK;

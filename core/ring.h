@@ -54,9 +54,11 @@ static inline void shmq_ring_set_state(const struct shmq_ring *ring, uint64_t po
 /* Read the header at pos once. False: its length doesn't fit below `limit` (the length is in out->len all the same). */
 static inline bool shmq_ring_read(const struct shmq_ring *ring, uint64_t pos, uint64_t limit, struct shmq_record *out)
 {
-    uint64_t word;
-    memcpy(&word, shmq_ring_at(ring, pos), sizeof word);
-    *out = (struct shmq_record){pos, (uint32_t)(word >> 32), (uint32_t)(word >> 8) & 0xffffff};
+    const uint8_t *at = shmq_ring_at(ring, pos);
+    uint32_t len, method; /* without the state's byte: a reservation's owner may be storing to it */
+    memcpy(&len, at + 4, sizeof len);
+    memcpy(&method, at + 1, sizeof method);
+    *out = (struct shmq_record){pos, len, method & 0xffffff};
     return limit - pos <= ring->capacity && shmq_record_size(out->len) <= limit - pos;
 }
 

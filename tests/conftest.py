@@ -22,7 +22,7 @@ import pytest
 
 SHM = Path("/dev/shm")
 MARK = f"test-{uuid.uuid4().hex[:8]}"
-OTHERS_MARK = re.compile(r"shmqueue\.test-[0-9a-f]{8}-")
+OTHERS_MARK = re.compile(r"shmqueue\.(test-[0-9a-f]{8}|ctest-[0-9]+)-")
 # Helpers that multiprocessing starts at need and keeps until the interpreter ends.
 HELPERS = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
 

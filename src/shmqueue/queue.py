@@ -266,11 +266,11 @@ class ShmQueue(_core.Handle[T]):
 
     # ---- what the binding asks for
 
-    def _encode(self, data: Any, method: int | None) -> tuple[int, bool, tuple[Any, ...]]:
+    def _encode(self, data: Any, method: int) -> tuple[int, bool, tuple[Any, ...]]:
         try:
             return serialization.encode(
                 data,
-                serialization.SerializationMethods.DEFAULT if method is None else method,
+                method,
                 allow_pickle=self._options["allow_pickle"],
                 strict_types=self._options["strict_types"],
                 custom=self._serializer,
@@ -327,6 +327,7 @@ class ShmQueue(_core.Handle[T]):
         return f"queue {self._name!r}"
 
     def _failed(self, status: int, size: int, timeout: float | None) -> NoReturn:
+        """Raise what a status means. size: bytes that a put needs, 0 for a get, -1 for anything else."""
         within = "" if timeout is None else f" within {float(timeout):g} s"
         if status == _core.FULL:
             raise exc.ShmQueueFull(
@@ -338,7 +339,7 @@ class ShmQueue(_core.Handle[T]):
         if status == _core.TOO_BIG:
             self._too_big(size)
         if status == _core.BUSY:
-            self._busy(is_put=size > 0)
+            self._busy(size)
         if status == _core.CLOSED:
             lifecycle.end_thread_if_exiting()
             raise exc.ShmQueueNotInitializedError(f"{self._who}: the handle has been shut down; open a new one")
@@ -356,10 +357,14 @@ class ShmQueue(_core.Handle[T]):
             "create it with a larger buffer_size"
         )
 
-    def _busy(self, *, is_put: bool) -> NoReturn:
-        side, kind = ("producing", exc.ShmQueueFull) if is_put else ("consuming", exc.ShmQueueEmpty)
-        pid = self._lock_pid(0 if is_put else 1)
-        raise kind(f"{self._who}: the {side} lock is held by process {pid}, which lives but doesn't go on (stopped?)")
+    def _busy(self, size: int) -> NoReturn:
+        side = 0 if size > 0 else 1
+        kinds = (exc.ShmQueueFull, exc.ShmQueueEmpty, exc.ShmQueueRuntimeError)
+        kind = kinds[side] if size >= 0 else kinds[2]
+        raise kind(
+            f"{self._who}: the {('producing', 'consuming')[side]} lock is held by process "
+            f"{self._lock_pid(side)}, which lives but doesn't go on (stopped?)"
+        )
 
     def _raise_fault(self, status: int, fault: tuple[str | None, int, int, int], doing: str) -> NoReturn:
         what, found, allowed, error = fault

@@ -49,7 +49,8 @@ size_t codec_is_bytes(const struct shmq_in *in)
 
 static int encode_by_python(struct handle *self, PyObject *data, PyObject *method, struct encoded *e)
 {
-    PyObject *result = PyObject_CallMethod((PyObject *)self, "_encode", "OO", data, method ? method : Py_None);
+    PyObject *result = method != NULL ? PyObject_CallMethod((PyObject *)self, "_encode", "OO", data, method)
+                                      : PyObject_CallMethod((PyObject *)self, "_encode", "Oi", data, METHOD_MSGPACK);
     PyObject *parts;
     unsigned int id;
     int is_aligned;

@@ -6,11 +6,15 @@
 
 #define BIG_PUT (64 * 1024)       /* bytes; from here on the GIL is worth releasing */
 #define BATCH_BYTES (64 * 1024)   /* payload bytes after which a batch is sent off */
+#define CLEAR_NS UINT64_C(5000000000) /* how long clear() waits for the lock */
 
-static PyObject *fail(struct handle *self, int status, uint64_t bytes, PyObject *timeout)
+#define NO_ITEM -1
+
+/* size: bytes that a put needs, 0 for a get, NO_ITEM for anything else. */
+static PyObject *fail(struct handle *self, int status, int64_t size, PyObject *timeout)
 {
-    PyObject *result = PyObject_CallMethod((PyObject *)self, "_failed", "iKO", status, (unsigned long long)bytes,
-                                           timeout ? timeout : Py_None);
+    PyObject *result =
+        PyObject_CallMethod((PyObject *)self, "_failed", "iLO", status, (long long)size, timeout ? timeout : Py_None);
     Py_XDECREF(result); /* it raises */
     if (!PyErr_Occurred())
         PyErr_SetString(PyExc_SystemError, "_failed() returned");
@@ -25,7 +29,7 @@ static int ready(struct handle *self)
         rc = shmq_adopt(self->q);
     if (rc == SHMQ_OK)
         return 0;
-    fail(self, rc, 0, NULL);
+    fail(self, rc, NO_ITEM, NULL);
     return -1;
 }
 
@@ -133,7 +137,7 @@ static PyObject *put(struct handle *self, PyObject *data, PyObject *method, cons
     codec_release(&e);
     if (rc == SHMQ_OK)
         Py_RETURN_NONE;
-    return rc < 0 ? NULL : fail(self, rc, size, w->timeout);
+    return rc < 0 ? NULL : fail(self, rc, (int64_t)size, w->timeout);
 }
 
 static PyObject *handle_put(struct handle *self, PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames)
@@ -250,7 +254,7 @@ static int put_round(struct handle *self, PyObject *iterator, PyObject *method, 
     int rc = send_batch(self, b, &sent, more < 0 ? &dont_wait : w, deadline);
     *accepted += sent;
     if (rc > 0 && type == NULL)
-        fail(self, rc, b->out[sent].size, w->timeout);
+        fail(self, rc, (int64_t)b->out[sent].size, w->timeout);
     if (type == NULL)
         PyErr_Fetch(&type, &error, &trace);
     if (type != NULL) {
@@ -556,7 +560,7 @@ static PyObject *info_field(struct handle *self, size_t which)
         return NULL;
     int rc = shmq_info(self->q, &info);
     if (rc != SHMQ_OK)
-        return fail(self, rc, 0, NULL);
+        return fail(self, rc, NO_ITEM, NULL);
     uint64_t used = info.put_pos - info.free_pos;
     switch (which) {
     case 0:
@@ -586,18 +590,19 @@ static PyObject *handle_max_buffer_size(struct handle *self, PyObject *Py_UNUSED
 
 static PyObject *handle_clear(struct handle *self, PyObject *Py_UNUSED(none))
 {
+    uint64_t deadline = shmq_now_ns() + CLEAR_NS;
     int rc;
     if (ready(self) < 0)
         return NULL;
     do {
         Py_BEGIN_ALLOW_THREADS
-        rc = shmq_clear(self->q, shmq_now_ns() + UINT64_C(5000000000));
+        rc = shmq_clear(self->q, deadline);
         Py_END_ALLOW_THREADS
         if (rc == SHMQ_INTR && PyErr_CheckSignals() < 0)
             return NULL;
     } while (rc == SHMQ_INTR);
     if (rc != SHMQ_OK)
-        return fail(self, rc, 0, NULL);
+        return fail(self, rc, NO_ITEM, NULL);
     Py_RETURN_NONE;
 }
 
@@ -664,7 +669,7 @@ static PyObject *handle_check(struct handle *self, PyObject *Py_UNUSED(none))
             return NULL;
     } while (rc == SHMQ_INTR);
     if (rc != SHMQ_OK)
-        return fail(self, rc, 0, NULL);
+        return fail(self, rc, NO_ITEM, NULL);
     return PyUnicode_DecodeUTF8(r.text, (Py_ssize_t)r.used, "replace");
 }
 
