@@ -47,12 +47,17 @@ def produce(queue: Any, count: int) -> None:
         queue.put(ITEM)
 
 
+def consume(queue: Any, count: int) -> None:
+    for _ in range(count):
+        queue.get()
+
+
 def one_to_one(queue: Any, count: int) -> float:
     """Items per second from the first one's arrival to the last one's."""
     producer = multiprocessing.get_context("fork").Process(target=produce, args=(queue, count + 1))
     producer.start()
     queue.get()
-    rate = count / seconds(lambda: [queue.get() for _ in range(count)])
+    rate = count / seconds(lambda: consume(queue, count))
     producer.join()
     return rate
 

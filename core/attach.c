@@ -562,7 +562,7 @@ void shmq_free(struct shmq *q)
 
 /* ---- what the rest of the core and the binding ask */
 
-int shmq_corrupt(struct shmq *q, const char *what, uint64_t found, uint64_t allowed)
+SHMQ_COLD int shmq_corrupt(struct shmq *q, const char *what, uint64_t found, uint64_t allowed)
 {
     return fail(&q->fault, SHMQ_CORRUPT, what, found, allowed, 0);
 }

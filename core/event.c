@@ -9,6 +9,7 @@
 
 #include "failpoint.h"
 #include "port.h"
+#include "shmq.h"
 
 #define SPIN_MAX 1000u /* pauses; some 20 us, what a futex round trip costs */
 #define SPIN_MIN 32u
@@ -57,7 +58,7 @@ uint32_t shmq_room_begin(struct shmq_waiters_hdr *w, uint64_t bytes)
 
 int shmq_sleep(_Atomic uint32_t *count, uint32_t key, uint64_t timeout_ns) { return port_sleep(count, key, timeout_ns); }
 
-void shmq_items_wake(struct shmq_waiters_hdr *w, int n)
+SHMQ_COLD void shmq_items_wake(struct shmq_waiters_hdr *w, int n)
 {
     if (atomic_exchange_explicit(&w->items_asleep, 0, memory_order_relaxed) == 0)
         return; /* somebody else does */
@@ -66,7 +67,7 @@ void shmq_items_wake(struct shmq_waiters_hdr *w, int n)
     port_wake(&w->items, n);
 }
 
-void shmq_room_wake(struct shmq_waiters_hdr *w)
+SHMQ_COLD void shmq_room_wake(struct shmq_waiters_hdr *w)
 {
     if (atomic_exchange_explicit(&w->room_wanted, 0, memory_order_relaxed) == 0)
         return;

@@ -30,7 +30,7 @@ static uint64_t take_or_mark(_Atomic uint64_t *word, uint64_t self)
     }
 }
 
-enum shmq_lock_result shmq_lock(_Atomic uint64_t *word, const struct shmq_lock_user *user, uint64_t until_ns)
+SHMQ_COLD enum shmq_lock_result shmq_lock(_Atomic uint64_t *word, const struct shmq_lock_user *user, uint64_t until_ns)
 {
     for (uint32_t i = 0; user->may_spin && i < SPINS; i++) {
         if (atomic_load_explicit(word, memory_order_relaxed) == 0 && shmq_lock_try(word, user->self))
@@ -59,7 +59,7 @@ enum shmq_lock_result shmq_lock(_Atomic uint64_t *word, const struct shmq_lock_u
     }
 }
 
-void shmq_lock_wake(_Atomic uint64_t *word)
+SHMQ_COLD void shmq_lock_wake(_Atomic uint64_t *word)
 {
     SHMQ_FAILPOINT("lock:unlocked"); /* dies here: sleepers look again within SLEEP_NS */
     port_wake(low_half(word), 1);

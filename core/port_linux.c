@@ -112,6 +112,7 @@ static void describe(const struct stat *st, struct port_file *out)
 int port_stat(int fd, struct port_file *out)
 {
     struct stat st;
+    *out = (struct port_file){0};
     if (fd < 0 || fstat(fd, &st) != 0)
         return fd < 0 ? EBADF : errno;
     describe(&st, out);
@@ -121,6 +122,7 @@ int port_stat(int fd, struct port_file *out)
 int port_stat_path(const char *path, struct port_file *out)
 {
     struct stat st;
+    *out = (struct port_file){0};
     if (lstat(path, &st) != 0)
         return errno;
     describe(&st, out);
@@ -259,6 +261,7 @@ int port_map(int fd, uint64_t ring_offset, uint64_t capacity, void **base)
 {
     uint64_t size = ring_offset + 2 * capacity;
     char *at = mmap(NULL, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    *base = NULL;
     if (at == MAP_FAILED)
         return errno;
     char *mirror = at + ring_offset + capacity;

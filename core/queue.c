@@ -114,7 +114,7 @@ static int read_put_pos(struct shmq *q, uint64_t get_pos, uint64_t *put_pos)
 }
 
 /* Where everything below is free again. get_pos is read first: whatever was claimed below it stands in H by then. */
-static int read_free_pos(struct shmq *q, uint64_t *free_pos)
+SHMQ_COLD static int read_free_pos(struct shmq *q, uint64_t *free_pos)
 {
     struct shmq_mark mark;
     uint64_t seq = 0;
@@ -160,7 +160,7 @@ static void after_put(struct shmq *q)
 }
 
 /* Is there something to take? Takes no lock; "yes" may be a reservation that turns out not to be. */
-static bool may_take(struct shmq *q)
+SHMQ_COLD static bool may_take(struct shmq *q)
 {
     struct shmq_mark get, put;
     uint64_t seq;
@@ -176,7 +176,7 @@ static bool may_take(struct shmq *q)
 }
 
 /* Bytes free at this instant; 0 when that can't be told. */
-static uint64_t free_bytes(struct shmq *q)
+SHMQ_COLD static uint64_t free_bytes(struct shmq *q)
 {
     struct shmq_mark put;
     uint64_t free_pos, seq;
@@ -217,7 +217,7 @@ struct shmq_out shmq_out(const struct shmq_part *parts, uint32_t n_parts, uint32
 }
 
 /* A big record: reserve under the lock, copy outside, commit. The lock is held on entry and not on return. */
-static void put_reserved(struct shmq *q, const struct shmq_out *out, const struct shmq_record *record, int32_t hand,
+SHMQ_COLD static void put_reserved(struct shmq *q, const struct shmq_out *out, const struct shmq_record *record, int32_t hand,
                          struct shmq_mark next)
 {
     shmq_ring_begin(&q->ring, record, SHMQ_RESERVED);
@@ -234,7 +234,7 @@ static void put_reserved(struct shmq *q, const struct shmq_out *out, const struc
 }
 
 /* An entry of R for a big record at pos, -1 when R is full. Caller holds the producing lock. */
-static int32_t reserve_hand(struct shmq *q, uint64_t pos, uint64_t end)
+SHMQ_COLD static int32_t reserve_hand(struct shmq *q, uint64_t pos, uint64_t end)
 {
     struct shmq_mark get;
     uint64_t seq;
@@ -317,7 +317,7 @@ static int copy_out(struct shmq *q, const struct shmq_record *r, uint8_t *scratc
 
 /* The entry of H to deliver from: of those without an owner the lowest that is committed; -1 when there is none.
  * Abandoned ones are freed. Caller holds the consuming lock. */
-static int32_t deliverable(struct shmq *q)
+SHMQ_COLD static int32_t deliverable(struct shmq *q)
 {
     int32_t best = -1;
     uint64_t lowest = UINT64_MAX;
@@ -339,7 +339,7 @@ static int32_t deliverable(struct shmq *q)
 }
 
 /* Deliver the first record of entry i. One store to the entry decides. */
-static int take_from_hand(struct shmq *q, int32_t i, uint8_t *scratch, struct shmq_in *in)
+SHMQ_COLD static int take_from_hand(struct shmq *q, int32_t i, uint8_t *scratch, struct shmq_in *in)
 {
     const struct shmq_hand_hdr *e = &q->claims.entry[i];
     struct shmq_record r;
@@ -476,8 +476,9 @@ int shmq_get_batch_try(struct shmq *q, struct shmq_in *in, uint32_t *n)
 
 void shmq_give_back_from(struct shmq *q, int32_t hand, uint64_t pos)
 {
+    bool is_any_left = pos < shmq_hand_end(&q->claims.entry[hand]); /* if not, the entry may be another's in a moment */
     shmq_hands_advance(&q->claims, hand, pos);
-    if (shmq_hand_pos1(&q->claims.entry[hand]) != 0)
+    if (is_any_left)
         shmq_hands_give_back(&q->claims, hand); /* dies before: swept to the same */
     atomic_thread_fence(memory_order_seq_cst);
     shmq_items_wake(&q->seg->waiters, 1);
@@ -601,7 +602,7 @@ static int wait_for_items(struct shmq *q, uint64_t seen, uint64_t deadline_ns)
     return rc;
 }
 
-static int put_wait(struct shmq *q, const struct shmq_out *outs, uint32_t n, uint32_t *done, uint64_t deadline_ns)
+SHMQ_COLD static int put_wait(struct shmq *q, const struct shmq_out *outs, uint32_t n, uint32_t *done, uint64_t deadline_ns)
 {
     bool is_swept = false;
     for (;;) {
@@ -624,7 +625,7 @@ static int put_wait(struct shmq *q, const struct shmq_out *outs, uint32_t n, uin
     }
 }
 
-int shmq_put_wait(struct shmq *q, const struct shmq_out *outs, uint32_t n, uint32_t *done, uint64_t deadline_ns)
+SHMQ_COLD int shmq_put_wait(struct shmq *q, const struct shmq_out *outs, uint32_t n, uint32_t *done, uint64_t deadline_ns)
 {
     *done = 0;
     int rc = shmq_hold(q);
@@ -635,7 +636,7 @@ int shmq_put_wait(struct shmq *q, const struct shmq_out *outs, uint32_t n, uint3
     return rc;
 }
 
-static int get_wait(struct shmq *q, uint8_t *scratch, struct shmq_in *in, uint64_t deadline_ns)
+SHMQ_COLD static int get_wait(struct shmq *q, uint8_t *scratch, struct shmq_in *in, uint64_t deadline_ns)
 {
     bool is_swept = false;
     for (;;) {
@@ -659,7 +660,7 @@ static int get_wait(struct shmq *q, uint8_t *scratch, struct shmq_in *in, uint64
     }
 }
 
-int shmq_get_wait(struct shmq *q, uint8_t *scratch, struct shmq_in *in, uint64_t deadline_ns)
+SHMQ_COLD int shmq_get_wait(struct shmq *q, uint8_t *scratch, struct shmq_in *in, uint64_t deadline_ns)
 {
     int rc = shmq_hold(q);
     if (rc != SHMQ_OK)

@@ -11,6 +11,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#define SHMQ_COLD __attribute__((cold)) /* off the way of a put or get that goes through at once */
+
 #define SHMQ_FOREVER UINT64_MAX
 #define SHMQ_MAX_LEN UINT32_MAX     /* bytes of one payload */
 #define SHMQ_SMALL 4096u            /* bytes; up to here payloads are copied inside the lock */

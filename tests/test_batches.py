@@ -250,6 +250,25 @@ def test_an_unserializable_item_stops_the_batch_at_that_item(q: ShmQueue[Any], k
     assert drain(q) == items[:k]
 
 
+def test_a_bad_item_is_only_looked_at_when_those_before_it_are_in(q: ShmQueue[Any]) -> None:
+    """Who skips the first of `.remaining` after such an error must skip the bad item, not a good one."""
+    items = [1, 2, Unserializable(), 3]
+    q.put(bytes(q.max_buffer_size() - 8 - 5))  # no room even for one
+    with pytest.raises(exceptions.ShmQueueFull) as full:
+        q.put_many(iter(items), block=False)
+    assert progress(full.value) == (0, items)
+    with pytest.raises(exceptions.ShmQueueFull) as full:
+        q.put_many(iter(items), timeout=0.05)
+    assert progress(full.value) == (0, items)
+    call = Call(q.put_many, iter(items))
+    asleep(call)  # it waits for room, as it was told
+    q.clear()
+    with pytest.raises(exceptions.ShmQueueSerializationError) as bad:
+        call.result()
+    assert progress(bad.value) == (2, items[2:])
+    assert q.get_many() == [1, 2]
+
+
 @pytest.mark.parametrize("k", SEAMS)
 def test_an_iterable_that_raises_loses_nothing_it_gave(q: ShmQueue[Any], k: int) -> None:
     error = Broken("no more")

@@ -133,9 +133,26 @@ class Machine(RuleBasedStateMachine):
 
     # -- handles
 
-    @initialize(pages=st.sampled_from(PAGES))
-    def first(self, pages: int) -> None:
+    @initialize(pages=st.sampled_from(PAGES), start=st.one_of(st.just(0), st.integers(-300, 300)))
+    def first(self, pages: int, start: int) -> None:
         self.attach(pages)
+        self.turn(start % self.capacity)
+
+    def turn(self, by: int) -> None:
+        """Move on in the ring, so that what is at its seam comes soon."""
+        if by > self.capacity:
+            self.turn(by - self.capacity)
+        elif by >= SIZE_HEADER:
+            record = self.record_of(by)
+            self.handles[0].put(record.value, serialization_method=record.method)
+            assert self.handles[0].get(block=False) == record.value
+            self.put_pos += by
+            self.free_pos += by
+
+    @precondition(lambda self: self.handles and not self.model)
+    @rule(by=st.one_of(st.integers(8, 20_000), st.integers(-20, 20)))
+    def turn_the_empty_ring(self, by: int) -> None:
+        self.turn(by if by > 20 else (by - self.put_pos) % self.capacity)  # the latter: to about the seam
 
     @precondition(lambda self: 0 < len(self.handles) < HANDLES)
     @rule(pages=st.sampled_from(PAGES))
@@ -154,13 +171,18 @@ class Machine(RuleBasedStateMachine):
         self.handles.append(handle)
         self.capacity = self.capacity or pages * SYSTEM_PAGESIZE
 
-    @precondition(lambda self: self.handles)
+    @precondition(lambda self: len(self.handles) > 1)
     @rule(data=st.data())
     def shut(self, data: st.DataObject) -> None:
         handle = self.draw_handle(data)
         self.handles.remove(handle)
         handle.shutdown()
-        if not self.handles:
+
+    @precondition(lambda self: len(self.handles) == 1)
+    @rule(really=st.integers(0, 9))
+    def shut_the_last(self, really: int) -> None:
+        if really == 9:  # seldom: all is lost with it
+            self.handles.pop().shutdown()
             self.forget()
 
     # -- putting
@@ -185,6 +207,15 @@ class Machine(RuleBasedStateMachine):
         else:
             call()
             self.is_put(item)
+
+    @precondition(lambda self: self.handles and self.free)
+    @rule(handle=st.integers(0, HANDLES - 1), less=st.sampled_from((0, 0, 1, 7, 8, 9)))
+    def fill(self, handle: int, less: int) -> None:
+        """Leave no byte free, or a few."""
+        if (size := self.free - less) >= SIZE_HEADER:
+            record = self.record_of(size)
+            self.handles[handle % len(self.handles)].put_nowait(record.value, record.method)
+            self.is_put(record)
 
     @precondition(lambda self: self.handles)
     @rule(data=st.data(), n=st.one_of(st.integers(0, 8), st.integers(60, 70)), block=st.booleans())
@@ -310,7 +341,7 @@ def test_any_sequence_of_calls_does_what_a_deque_would_do(queue_name: str, steps
     run_state_machine_as_test(
         OfThisTest,
         settings=settings(
-            max_examples=1500 // steps,
+            max_examples=6000 // steps,
             stateful_step_count=steps,
             deadline=None,
             print_blob=True,

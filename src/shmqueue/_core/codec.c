@@ -76,7 +76,7 @@ static int encode_by_python(struct handle *self, PyObject *data, PyObject *metho
     return 0;
 }
 
-static int encode_slowly(struct handle *self, PyObject *data, PyObject *method, struct encoded *e)
+SHMQ_COLD static int encode_slowly(struct handle *self, PyObject *data, PyObject *method, struct encoded *e)
 {
     if (encode_by_python(self, data, method, e) == 0)
         return 0;

@@ -11,7 +11,7 @@
 #define NO_ITEM -1
 
 /* size: bytes that a put needs, 0 for a get, NO_ITEM for anything else. */
-static PyObject *fail(struct handle *self, int status, int64_t size, PyObject *timeout)
+SHMQ_COLD static PyObject *fail(struct handle *self, int status, int64_t size, PyObject *timeout)
 {
     PyObject *result =
         PyObject_CallMethod((PyObject *)self, "_failed", "iLO", status, (long long)size, timeout ? timeout : Py_None);
@@ -22,7 +22,7 @@ static PyObject *fail(struct handle *self, int status, int64_t size, PyObject *t
 }
 
 /* A forked child's first call makes the attachment its own. 0, or -1 with an exception. */
-static int ready(struct handle *self)
+SHMQ_COLD static int ready(struct handle *self)
 {
     int rc = self->q == NULL ? SHMQ_CLOSED : shmq_usable(self->q);
     if (rc == SHMQ_FORKED)
@@ -181,7 +181,7 @@ static void drop_first(struct batch *b, uint32_t n)
 }
 
 /* Send the whole batch off. On return b->n items from `*sent` on are still there. A status, or -1. */
-static int send_batch(struct handle *self, struct batch *b, uint32_t *sent, const struct wait *w, uint64_t *deadline)
+SHMQ_COLD static int send_batch(struct handle *self, struct batch *b, uint32_t *sent, const struct wait *w, uint64_t *deadline)
 {
     uint64_t at_once = 0;
     int rc = SHMQ_OK;
@@ -365,7 +365,7 @@ static void end_hand(struct handle *self, const struct shmq_in *in, bool is_done
 }
 
 /* The object of a record that is still where it was put, in the ring or on the heap. */
-static PyObject *to_object(struct handle *self, struct shmq_in *in)
+SHMQ_COLD static PyObject *to_object(struct handle *self, struct shmq_in *in)
 {
     size_t head = codec_is_bytes(in);
     struct shmq_in body = *in;
