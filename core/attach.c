@@ -574,6 +574,7 @@ int shmq_usable(const struct shmq *q)
     return atomic_load_explicit(port_cookie_page, memory_order_relaxed) == q->cookie ? SHMQ_OK : SHMQ_FORKED;
 }
 
+uint64_t shmq_process(void) { return port_cookie(); }
 uint64_t shmq_capacity(const struct shmq *q) { return q->ring.capacity; }
 const uint8_t *shmq_uuid(const struct shmq *q) { return q->seg->hdr.uuid; }
 bool shmq_was_created(const struct shmq *q) { return q->was_created; }

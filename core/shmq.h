@@ -157,5 +157,6 @@ bool shmq_ref_drop(struct shmq *q);
 int shmq_check(struct shmq *q, void (*report)(void *arg, const char *line), void *arg);
 
 uint64_t shmq_now_ns(void);
+uint64_t shmq_process(void); /* a number of this process that a forked child doesn't share */
 
 #endif

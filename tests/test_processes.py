@@ -403,3 +403,26 @@ def test_logging_handlers_work_on_it_unchanged(queue_name: str) -> None:
             logger.warning("number %d", i)
         listener.stop()
     assert [record.getMessage() for record in seen] == [f"number {i}" for i in range(50)]
+
+
+def test_a_fork_inside_a_deserializer_leaves_the_batch_to_the_parent(queue_name: str) -> None:
+    method = 2000
+    with ShmQueue[Any](queue_name) as q:
+        pids: list[int] = []
+
+        def fork_once(_: int, chunks: list[memoryview]) -> Any:
+            if not pids:
+                pids.append(os.fork())
+            return chunks[0].tobytes()
+
+        q.custom_serialize(lambda _, data: data)
+        q.custom_deserialize(fork_once)
+        q.put_many([b"a", b"b", b"c"], serialization_method=method)
+        got = q.get_many()
+        if pids == [0]:  # the child: whatever it got, it must not end the parent's batch, and can go on
+            os._exit(0 if got[0] == b"a" and q.refs == 2 else 1)
+        assert got == [b"a", b"b", b"c"]
+        assert exit_code(pids[0]) == 0
+        assert (q.refs, q.buffer_occupancy(), q.check()) == (1, 0, [])
+        q.put(1)
+        assert q.get_nowait() == 1

@@ -241,8 +241,9 @@ static PyObject *list_of_rest(struct batch *b, uint32_t from, PyObject *refused)
     return list;
 }
 
-/* One round: read a batch and put it. 0: go on; 1: all done; -1: an exception. After one from the iterable or the codec
- * what had come before goes in if there is room: an interrupt must not be held up by a full queue. */
+/* One round: read a batch and put it. 0: go on; 1: all done; -1: an exception.
+ * A bad item's error comes when those before it are in, so that it is the first of the rest. An error of the iterable's,
+ * an interrupt say, must not be held up by a full queue: what had come before goes in only if there is room. */
 static int put_round(struct handle *self, PyObject *iterator, PyObject *method, struct batch *b, const struct wait *w,
                      uint64_t *deadline, Py_ssize_t *accepted)
 {
@@ -250,13 +251,18 @@ static int put_round(struct handle *self, PyObject *iterator, PyObject *method, 
     PyObject *refused = NULL, *type, *error, *trace;
     uint32_t sent = 0;
     int more = fill_batch(self, iterator, method, b, &refused);
+    bool is_bad_item = refused != NULL && PyErr_ExceptionMatches(PyExc_Exception);
     PyErr_Fetch(&type, &error, &trace);
-    int rc = send_batch(self, b, &sent, more < 0 ? &dont_wait : w, deadline);
+    int rc = send_batch(self, b, &sent, more < 0 && !is_bad_item ? &dont_wait : w, deadline);
     *accepted += sent;
-    if (rc > 0 && type == NULL)
-        fail(self, rc, (int64_t)b->out[sent].size, w->timeout);
-    if (type == NULL)
+    if (rc != SHMQ_OK && (type == NULL || is_bad_item)) {
+        Py_XDECREF(type);
+        Py_XDECREF(error);
+        Py_XDECREF(trace);
+        if (rc > 0)
+            fail(self, rc, (int64_t)b->out[sent].size, w->timeout);
         PyErr_Fetch(&type, &error, &trace);
+    }
     if (type != NULL) {
         more = -1;
         PyErr_Clear();
@@ -454,6 +460,7 @@ static PyObject *handle_next(struct handle *self)
 /* Append the objects of a batch in hand. What follows one that fails goes back to the front. 0 or -1 */
 static int append_batch(struct handle *self, PyObject *list, const struct shmq_in *in, uint32_t n)
 {
+    uint64_t process = shmq_process();
     uint32_t i = 0;
     int rc = 0;
     for (; i < n && rc == 0; i++) {
@@ -462,6 +469,8 @@ static int append_batch(struct handle *self, PyObject *list, const struct shmq_i
         PyObject *object = to_object(self, &one);
         rc = object == NULL ? -1 : PyList_Append(list, object);
         Py_XDECREF(object);
+        if (shmq_process() != process)
+            return rc; /* decoding has forked, and this is the child: the batch is the parent's */
     }
     if (i < n)
         shmq_give_back_from(self->q, in[0].hand, in[i].pos);
@@ -534,9 +543,11 @@ static PyObject *handle_get_many(struct handle *self, PyObject *const *args, Py_
     int rc = shmq_hold(self->q);
     if (rc != SHMQ_OK)
         return fail(self, rc, 0, NULL);
+    uint64_t process = shmq_process();
     PyObject *list = PyList_New(0);
     rc = list == NULL ? -1 : fill_list(self, list, max, &w);
-    shmq_let_go(self->q);
+    if (shmq_process() == process)
+        shmq_let_go(self->q);
     if (list != NULL && PyList_GET_SIZE(list) > 0) {
         if (rc < 0) { /* the error comes at the next call */
             PyObject *type, *trace;
