@@ -96,7 +96,7 @@ static int enter_side_by(struct shmq *q, int side, uint64_t deadline_ns)
 
 /* ---- the other side's position */
 
-/* Where everything below is published. `behind`: a bound seen earlier is good enough when it is beyond that. */
+/* Where everything below is published; a bound seen earlier will do when it is beyond get_pos. */
 static int read_put_pos(struct shmq *q, uint64_t get_pos, uint64_t *put_pos)
 {
     struct shmq_mark mark;
@@ -325,7 +325,7 @@ SHMQ_COLD static int32_t deliverable(struct shmq *q)
     for (uint32_t i = 0, top = shmq_hands_top(&q->claims); i < top; i++) {
         const struct shmq_hand_hdr *e = &q->claims.entry[i];
         uint64_t pos1 = shmq_hand_pos1(e);
-        if (pos1 == 0 || pos1 >= lowest || shmq_hand_owner(e) != 0)
+        if (pos1 == 0 || pos1 > lowest || shmq_hand_owner(e) != 0) /* not >=: garbage of all ones is for the caller to name */
             continue;
         uint8_t state = shmq_ring_state(&q->ring, pos1 - 1);
         if (state == SHMQ_ABANDONED) {

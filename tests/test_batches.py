@@ -111,17 +111,19 @@ def progress(error: BaseException, most: int | None = None) -> tuple[int, list[A
 # ---- put_many
 
 
-@pytest.mark.parametrize("n", SEAMS)
-@pytest.mark.parametrize("kind", [list, tuple, iter, counted, deque, "dict", "range"])
-def test_put_many_returns_the_number_of_items_put(q: ShmQueue[Any], n: int, kind: Any) -> None:
-    items: Iterable[int] = {
-        "dict": lambda: dict.fromkeys(range(n)),
-        "range": lambda: range(n),
-        counted: lambda: counted(n),
-    }.get(kind, lambda: kind(range(n)))()
-    assert q.put_many(items) == n
-    assert q.qsize() == n
-    assert drain(q) == list(range(n))
+@pytest.mark.parametrize("kind", [list, tuple, iter, deque, "generator", "dict", "range"])
+def test_put_many_returns_the_number_of_items_put(q: ShmQueue[Any], kind: Any) -> None:
+    kinds: dict[str, Callable[[range], Iterable[int]]]
+    kinds = {
+        "generator": lambda numbers: counted(len(numbers)),
+        "dict": dict.fromkeys,
+        "range": lambda numbers: numbers,
+    }
+    make = kinds.get(kind, kind)
+    for n in SEAMS:
+        assert q.put_many(make(range(n))) == n
+        assert q.qsize() == n
+        assert drain(q) == list(range(n))
 
 
 def test_put_many_keeps_the_accounting_of_put(q: ShmQueue[Any]) -> None:
@@ -629,24 +631,22 @@ def put_with_one_bad(q: ShmQueue[Any], n: int, bad: int, filling: int) -> list[A
 
 @pytest.mark.parametrize("filling", [0, 5000])
 @pytest.mark.parametrize("bad", [1, 2, 30, 63, 64, 65, 99])
-@pytest.mark.parametrize("ask", [None, 100, 10**6])
-def test_decode_failure_comes_at_the_next_call_and_loses_nothing(
-    queue_name: str, bad: int, ask: int | None, filling: int
-) -> None:
+def test_decode_failure_comes_at_the_next_call_and_loses_nothing(queue_name: str, bad: int, filling: int) -> None:
     with ShmQueue[Any](queue_name, buffer_size=1 << 20) as q:
-        items = put_with_one_bad(q, 100, bad, filling)
-        assert q.get_many(ask) == items[:bad]
-        assert q.qsize() == 100 - bad - 1
-        with pytest.raises(exceptions.ShmQueueDeserializationError) as caught:
-            q.get_many(ask, block=False)
-        assert caught.value.payload == b"bad %d" % bad
-        assert caught.value.serialization_method == MY_METHOD
-        assert isinstance(caught.value, NotImplementedError)
-        if bad < 99:
-            assert q.get_many(ask) == items[bad + 1 :]
-        assert q.empty()
-        assert q.buffer_occupancy() == 0
-        assert q.check() == []
+        for ask in (None, 100, 10**6):
+            items = put_with_one_bad(q, 100, bad, filling)
+            assert q.get_many(ask) == items[:bad]
+            assert q.qsize() == 100 - bad - 1
+            with pytest.raises(exceptions.ShmQueueDeserializationError) as caught:
+                q.get_many(ask, block=False)
+            assert caught.value.payload == b"bad %d" % bad
+            assert caught.value.serialization_method == MY_METHOD
+            assert isinstance(caught.value, NotImplementedError)
+            if bad < 99:
+                assert q.get_many(ask) == items[bad + 1 :]
+            assert q.empty()
+            assert q.buffer_occupancy() == 0
+            assert q.check() == []
 
 
 def test_decode_failure_of_the_first_item_comes_at_once(q: ShmQueue[Any]) -> None:
@@ -782,6 +782,34 @@ def test_deserializer_may_get_from_the_queue_itself(q: ShmQueue[Any]) -> None:
         for item in q.get_many(block=False):
             seen += item if isinstance(item, list) else [item]
     assert sorted(seen, key=str) == [0, 1, 2, 3, 4, b"head"]
+
+
+def test_decode_failures_of_two_calls_at_a_time_both_come(q: ShmQueue[Any]) -> None:
+    """As by two threads that share a handle; here one call is made inside the other, so that it's sure to happen."""
+    inner: list[Any] = []
+
+    def deserialize(method: int, chunks: list[memoryview]) -> Any:
+        if chunks[0] == b"nested":
+            inner.extend(q.get_many(2, block=False))
+            return "nested"
+        raise Broken(bytes(chunks[0]))
+
+    q.custom_serialize(lambda method, data: data)
+    q.custom_deserialize(deserialize)
+    q.put(b"nested", serialization_method=MY_METHOD)
+    q.put(1)
+    q.put(b"bad 1", serialization_method=MY_METHOD)
+    q.put(2)
+    q.put(b"bad 2", serialization_method=MY_METHOD)
+    seen: list[Any] = []
+    for _ in range(6):
+        try:
+            seen += q.get_many(3, block=False)
+        except exceptions.ShmQueueDeserializationError as error:
+            seen.append(error.payload)
+        except queue.Empty:
+            break
+    assert sorted(map(str, seen + inner)) == sorted(map(str, ["nested", 1, 2, b"bad 1", b"bad 2"]))
 
 
 # ---- waking
