@@ -68,6 +68,8 @@ def _segments() -> set[str]:
 
 
 def _is_ours(name: str) -> bool:
+    if name.startswith("shmqueue.ctest-"):
+        return False  # the C tests clean up after themselves
     if OTHERS_MARK.match(name):
         return name.startswith(f"shmqueue.{MARK}-")
     outside = _all_pids() - _processes() - {os.getpid()}

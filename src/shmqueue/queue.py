@@ -392,7 +392,8 @@ def _whole_pages(queue_name: str, buffer_size: Any) -> int:
         raise exc.ShmQueueTypeError(f"queue {queue_name!r}: buffer_size must be an int, not {kind}")
     size = operator.index(buffer_size)
     if not 0 < size < 2**62:
-        raise exc.ShmQueueValueError(f"queue {queue_name!r}: buffer_size is {size} bytes, at least 1 is needed")
+        allowed = "at least 1 is needed" if size < 1 else f"at most {2**62 - 1} are possible"
+        raise exc.ShmQueueValueError(f"queue {queue_name!r}: buffer_size is {size} bytes, {allowed}")
     return -(-size // SYSTEM_PAGESIZE) * SYSTEM_PAGESIZE
 
 

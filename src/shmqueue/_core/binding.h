@@ -21,7 +21,7 @@ struct handle {
     struct callable pack;   /* pack(data, None, pack_options) -> bytes, or raises */
     struct callable unpack; /* unpack(bytes or bytearray) -> object, or raises */
     PyObject *pack_options;
-    PyObject *pending; /* the error that get_many() kept for the next call */
+    PyObject *kept;    /* list of errors that get_many() kept for the next calls, or NULL */
     PyObject *scratch; /* a bytearray for small payloads, while no get uses it */
 };
 

@@ -28,8 +28,10 @@ PyDoc_STRVAR(put_nowait_doc,
 
 PyDoc_STRVAR(put_many_doc,
 "put_many($self, items, block=True, timeout=None, serialization_method=0)\n--\n\n"
-"Put the items of an iterable, many at a time; return how many.\n\n"
-"The arguments are those of put(); the timeout is for all of them. Other producers' items may come between.\n\n"
+"Put the items of an iterable; return how many.\n\n"
+"Those of a list, tuple or range go many at a time. Of any other iterable each item is in the queue before the next\n"
+"one is asked for. The other arguments are those of put(); the timeout is for all of them. Other producers' items\n"
+"may come between.\n\n"
 "Raises:\n"
 "    As put() does, and what the iterable raises. Every error has `.accepted`, how many items went in and\n"
 "    stay in, and `.remaining`, an iterator over the others that begins with the one not accepted.");

@@ -168,7 +168,7 @@ struct batch {
     struct encoded e[SHMQ_MAX_BATCH];
     struct shmq_out out[SHMQ_MAX_BATCH];
     PyObject *data[SHMQ_MAX_BATCH];
-    uint32_t n;
+    uint32_t n, max;
     uint64_t bytes;
 };
 
@@ -183,10 +183,7 @@ static void drop_first(struct batch *b, uint32_t n)
 /* Send the whole batch off. On return b->n items from `*sent` on are still there. A status, or -1. */
 SHMQ_COLD static int send_batch(struct handle *self, struct batch *b, uint32_t *sent, const struct wait *w, uint64_t *deadline)
 {
-    uint64_t at_once = 0;
     int rc = SHMQ_OK;
-    if (!w->block)
-        deadline = &at_once;
     *sent = 0;
     for (uint32_t i = 0; i < b->n; i++)
         b->out[i] = b->e[i].out;
@@ -214,7 +211,7 @@ static void describe_rest(struct handle *self, PyObject *left, PyObject *rest, P
 /* Read items until the batch is full. 0: go on; 1: the iterable has ended; -1: an exception, with *refused the item. */
 static int fill_batch(struct handle *self, PyObject *iterator, PyObject *method, struct batch *b, PyObject **refused)
 {
-    for (b->n = 0, b->bytes = 0; b->n < SHMQ_MAX_BATCH && b->bytes < BATCH_BYTES;) {
+    for (b->n = 0, b->bytes = 0; b->n < b->max && b->bytes < BATCH_BYTES;) {
         PyObject *data = PyIter_Next(iterator);
         if (data == NULL)
             return PyErr_Occurred() ? -1 : 1;
@@ -241,21 +238,18 @@ static PyObject *list_of_rest(struct batch *b, uint32_t from, PyObject *refused)
     return list;
 }
 
-/* One round: read a batch and put it. 0: go on; 1: all done; -1: an exception.
- * A bad item's error comes when those before it are in, so that it is the first of the rest. An error of the iterable's,
- * an interrupt say, must not be held up by a full queue: what had come before goes in only if there is room. */
+/* One round: read a batch and put it. 0: go on; 1: all done; -1: an exception. A bad item's error comes when those
+ * before it are in, so that it is the first of the rest. */
 static int put_round(struct handle *self, PyObject *iterator, PyObject *method, struct batch *b, const struct wait *w,
                      uint64_t *deadline, Py_ssize_t *accepted)
 {
-    static const struct wait dont_wait = DONT_WAIT;
     PyObject *refused = NULL, *type, *error, *trace;
     uint32_t sent = 0;
     int more = fill_batch(self, iterator, method, b, &refused);
-    bool is_bad_item = refused != NULL && PyErr_ExceptionMatches(PyExc_Exception);
     PyErr_Fetch(&type, &error, &trace);
-    int rc = send_batch(self, b, &sent, more < 0 && !is_bad_item ? &dont_wait : w, deadline);
+    int rc = send_batch(self, b, &sent, w, deadline);
     *accepted += sent;
-    if (rc != SHMQ_OK && (type == NULL || is_bad_item)) {
+    if (rc != SHMQ_OK) {
         Py_XDECREF(type);
         Py_XDECREF(error);
         Py_XDECREF(trace);
@@ -265,7 +259,6 @@ static int put_round(struct handle *self, PyObject *iterator, PyObject *method, 
     }
     if (type != NULL) {
         more = -1;
-        PyErr_Clear();
         PyObject *left = list_of_rest(b, sent, refused);
         PyErr_Restore(type, error, trace);
         if (left != NULL)
@@ -291,6 +284,8 @@ static PyObject *handle_put_many(struct handle *self, PyObject *const *args, Py_
     struct batch *b = iterator ? PyMem_Malloc(sizeof *b) : NULL;
     if (iterator != NULL && b == NULL)
         PyErr_NoMemory();
+    if (b != NULL) /* what a generator gave must not wait in here for its next item */
+        b->max = PyList_CheckExact(v[0]) || PyTuple_CheckExact(v[0]) || PyRange_Check(v[0]) ? SHMQ_MAX_BATCH : 1;
     deadline = deadline_of(&w);
     while (b != NULL && more == 0)
         more = put_round(self, iterator, v[3], b, &w, &deadline, &accepted);
@@ -387,13 +382,31 @@ SHMQ_COLD static PyObject *to_object(struct handle *self, struct shmq_in *in)
     return object;
 }
 
-static PyObject *take_pending(struct handle *self)
+/* Raise the oldest of the errors that were kept. */
+static PyObject *raise_kept(struct handle *self)
 {
-    PyObject *error = self->pending;
-    self->pending = NULL;
-    PyErr_SetObject((PyObject *)Py_TYPE(error), error);
+    PyObject *error = Py_NewRef(PyList_GET_ITEM(self->kept, 0));
+    if (PySequence_DelItem(self->kept, 0) == 0)
+        PyErr_SetObject((PyObject *)Py_TYPE(error), error);
     Py_DECREF(error);
     return NULL;
+}
+
+static bool has_kept(const struct handle *self) { return self->kept != NULL && PyList_GET_SIZE(self->kept) > 0; }
+
+/* Keep the exception that is set for the next call. */
+static int keep_error(struct handle *self)
+{
+    PyObject *type, *error, *trace;
+    PyErr_Fetch(&type, &error, &trace);
+    PyErr_NormalizeException(&type, &error, &trace);
+    if (self->kept == NULL)
+        self->kept = PyList_New(0);
+    int rc = self->kept != NULL ? PyList_Append(self->kept, error) : -1;
+    Py_XDECREF(type);
+    Py_XDECREF(error);
+    Py_XDECREF(trace);
+    return rc;
 }
 
 /* Take one object. NULL with *status: a status, or -1 for an exception. */
@@ -425,8 +438,8 @@ static PyObject *get(struct handle *self, const struct wait *w)
     int status;
     if (self->q == NULL)
         return fail(self, SHMQ_CLOSED, 0, NULL);
-    if (self->pending != NULL)
-        return take_pending(self);
+    if (has_kept(self))
+        return raise_kept(self);
     PyObject *object = get_one(self, w, &deadline, &status);
     return object != NULL || status < 0 ? object : fail(self, status, 0, w->timeout);
 }
@@ -509,7 +522,7 @@ static int fill_list(struct handle *self, PyObject *list, Py_ssize_t max, const 
     uint64_t deadline = UNKNOWN;
     struct shmq_info info;
     int rc = append_ready(self, list, max > 0 ? max : 1);
-    if (rc == SHMQ_EMPTY && PyList_GET_SIZE(list) == 0 && w->block) {
+    if ((rc == SHMQ_EMPTY || rc == SHMQ_BUSY) && PyList_GET_SIZE(list) == 0 && w->block) {
         PyObject *first = get_one(self, w, &deadline, &rc);
         if (first == NULL)
             return rc;
@@ -538,8 +551,8 @@ static PyObject *handle_get_many(struct handle *self, PyObject *const *args, Py_
         max = PyLong_AsSsize_t(checked);
         Py_DECREF(checked);
     }
-    if (self->pending != NULL)
-        return take_pending(self);
+    if (has_kept(self))
+        return raise_kept(self);
     int rc = shmq_hold(self->q);
     if (rc != SHMQ_OK)
         return fail(self, rc, 0, NULL);
@@ -549,13 +562,8 @@ static PyObject *handle_get_many(struct handle *self, PyObject *const *args, Py_
     if (shmq_process() == process)
         shmq_let_go(self->q);
     if (list != NULL && PyList_GET_SIZE(list) > 0) {
-        if (rc < 0) { /* the error comes at the next call */
-            PyObject *type, *trace;
-            PyErr_Fetch(&type, &self->pending, &trace);
-            PyErr_NormalizeException(&type, &self->pending, &trace);
-            Py_XDECREF(type);
-            Py_XDECREF(trace);
-        }
+        if (rc < 0 && keep_error(self) < 0) /* it comes at the next call */
+            Py_CLEAR(list);
         return list;
     }
     Py_XDECREF(list);
@@ -760,7 +768,7 @@ static int handle_traverse(struct handle *self, visitproc visit, void *arg)
     Py_VISIT(Py_TYPE(self));
     Py_VISIT(self->pack.object);
     Py_VISIT(self->unpack.object);
-    Py_VISIT(self->pending);
+    Py_VISIT(self->kept);
     return 0;
 }
 
@@ -769,7 +777,7 @@ static int handle_drop(struct handle *self)
     Py_CLEAR(self->pack.object);
     Py_CLEAR(self->pack_options);
     Py_CLEAR(self->unpack.object);
-    Py_CLEAR(self->pending);
+    Py_CLEAR(self->kept);
     Py_CLEAR(self->scratch);
     return 0;
 }
