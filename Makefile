@@ -125,7 +125,7 @@ $(eval $(call C_VARIANT,ctest,-O2))
 $(eval $(call C_VARIANT,asan,$(ASAN)))
 $(eval $(call C_VARIANT,tsan,-O1 -fsanitize=thread -Wno-tsan,$(FIXED_ADDRESSES)))
 
-ctest: $(C_TESTS:%=run-ctest-%)
+ctest: $(or $(C_TESTS:%=run-ctest-%),$(error no C tests in core/tests))
 
 sanitize-c: $(C_TESTS:%=run-asan-%) $(C_TESTS:%=run-tsan-%)
 

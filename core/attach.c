@@ -37,16 +37,23 @@ static uint64_t ring_offset(void)
 
 /* ---- who is alive */
 
-/* A descriptor to ask through. The program may have closed ours, or closed it and opened something else: then ask by
- * name, if the name still leads to our segment. -1: can't ask. */
+/* Is this number still our probe? The program may have closed it, and opened something else. Only a read-only
+ * description is one: one that can hold locks would not see its own. */
+static bool is_probe(const struct shmq *q, int fd)
+{
+    struct port_file file;
+    return fd >= 0 && port_stat(fd, &file) == 0 && is_same_file(&file, &q->file) && port_is_to_look(fd);
+}
+
+/* A descriptor to ask through; a lost one is opened anew, if the name still leads to our segment. -1: can't ask. */
 static int probe_fd(struct shmq *q)
 {
     struct port_file file;
-    if (q->probe_fd >= 0 && port_stat(q->probe_fd, &file) == 0 && is_same_file(&file, &q->file))
+    if (is_probe(q, q->probe_fd))
         return q->probe_fd;
     q->probe_fd = -1;
     int fd;
-    if (port_open(q->path, &fd) != 0)
+    if (port_open_to_look(q->path, &fd) != 0)
         return -1;
     if (port_stat(fd, &file) != 0 || !is_same_file(&file, &q->file)) {
         port_close(fd);
@@ -59,12 +66,11 @@ static int probe_fd(struct shmq *q)
 static bool is_slot_locked(struct shmq *q, uint32_t slot)
 {
     uint64_t byte;
-    struct port_file file;
     int fd = probe_fd(q);
     if (fd < 0 || port_first_locked(fd, SHMQ_SLOT_BYTE(slot), SHMQ_SLOT_BYTE(slot), &byte) != 0 || byte != UINT64_MAX)
         return true;
     /* the descriptor may have been swapped under us by another thread */
-    return port_stat(fd, &file) != 0 || !is_same_file(&file, &q->file);
+    return !is_probe(q, fd);
 }
 
 bool shmq_is_dead(void *arg, uint64_t owner)
@@ -258,10 +264,17 @@ static uint64_t occupy_slot(struct shmq_segment *seg, uint32_t slot)
     return owner;
 }
 
+/* Map the segment behind q->path, and open the probe. Neither through the descriptor that holds our locks: a forked
+ * child inherits both. */
 static int map_segment(struct shmq *q, const struct shmq_segment_hdr *hdr)
 {
-    void *base;
-    int rc = port_map(q->probe_fd, hdr->ring_offset, hdr->capacity, &base);
+    void *base = NULL;
+    int fd, rc = port_open(q->path, &fd);
+    if (rc != 0)
+        return rc;
+    if ((rc = port_stat(fd, &q->file)) == 0 && (rc = port_open_to_look(q->path, &q->probe_fd)) == 0)
+        rc = port_map(fd, hdr->ring_offset, hdr->capacity, &base);
+    port_close(fd);
     if (rc != 0)
         return rc;
     q->seg = base;
@@ -318,12 +331,10 @@ static int attach(struct shmq *q, uint64_t capacity, struct shmq_fault *fault)
     if (rc == SHMQ_OK)
         rc = lock_byte0(fd, fault);
     int error = 0;
-    if (rc == SHMQ_OK && ((error = port_open(q->path, &q->probe_fd)) != 0 || (error = port_stat(q->probe_fd, &q->file)) != 0))
-        rc = fail_system(fault, "open", error);
-    if (rc == SHMQ_OK && !is_named(fd, q->path)) /* asked last, so that both descriptors lead to it */
-        rc = fail_system(fault, "open", ENOENT); /* unlinked while we waited: start over */
     if (rc == SHMQ_OK && (error = map_segment(q, &hdr)) != 0)
         rc = fail_system(fault, "map", error);
+    if (rc == SHMQ_OK && !is_named(fd, q->path)) /* asked last, so that what was mapped is the same */
+        rc = fail_system(fault, "open", ENOENT); /* unlinked while we waited: start over */
     if (rc == SHMQ_OK && is_stale(q, fd, capacity)) {
         port_unlink(q->path);
         rc = fail_system(fault, "open", ENOENT);
@@ -345,11 +356,10 @@ static int create(struct shmq *q, uint64_t capacity, uint32_t mode, struct shmq_
     int error = port_link(fd, q->path);
     if (error == 0) {
         SHMQ_FAILPOINT("create:named"); /* dies here: an empty segment, adopted by who comes next */
-        if ((error = port_open(q->path, &q->probe_fd)) == 0 && (error = port_stat(q->probe_fd, &q->file)) == 0 &&
-            !is_named(fd, q->path))
-            error = ENOENT; /* removed by hand already */
-        if (error == 0 && (rc = read_header(q->probe_fd, &hdr, fault)) == SHMQ_OK)
+        if ((rc = read_header(fd, &hdr, fault)) == SHMQ_OK)
             error = map_segment(q, &hdr);
+        if (error == 0 && !is_named(fd, q->path))
+            error = ENOENT; /* removed by hand already */
         if (error == 0 && rc == SHMQ_OK)
             rc = join(q, fd, fault);
         q->was_created = error == 0 && rc == SHMQ_OK;
@@ -363,9 +373,7 @@ static int create(struct shmq *q, uint64_t capacity, uint32_t mode, struct shmq_
 
 static void drop_probe(struct shmq *q)
 {
-    struct port_file file;
-    /* the program may have closed it; the number may be another file's now */
-    if (q->probe_fd >= 0 && port_stat(q->probe_fd, &file) == 0 && is_same_file(&file, &q->file))
+    if (is_probe(q, q->probe_fd))
         port_close(q->probe_fd);
     q->probe_fd = -1;
 }
@@ -412,12 +420,28 @@ int shmq_open(struct shmq **out, const char *path, uint64_t capacity, uint32_t m
 
 /* ---- fork */
 
+/* For the end of an attachment that nobody was left to end: a fork's that didn't happen, or whose handle was closed. */
+static void unlink_if_unused(struct shmq *q)
+{
+    struct shmq_fault fault;
+    struct port_file file;
+    int fd;
+    if (port_open(q->path, &fd) != 0)
+        return;
+    if (port_stat(fd, &file) == 0 && is_same_file(&file, &q->file) && lock_byte0(fd, &fault) == SHMQ_OK) {
+        if (is_named(fd, q->path) && !is_anyone_live(fd, NO_SLOT_OF_OURS))
+            port_unlink(q->path);
+        port_unlock_byte(fd, 0);
+    }
+    port_close(fd);
+}
+
 int shmq_fork_before(struct shmq *q)
 {
     struct port_file file;
     uint32_t slot;
     int fd;
-    q->child_fd = -1;
+    shmq_fork_parent(q); /* of another thread's fork, or of one that an exception cut short: that child adopts */
     if (shmq_usable(q) != SHMQ_OK)
         return SHMQ_CLOSED;
     if (port_open(q->path, &fd) != 0)
@@ -433,9 +457,13 @@ int shmq_fork_before(struct shmq *q)
 
 void shmq_fork_parent(struct shmq *q)
 {
-    if (q->child_fd >= 0)
-        port_close(q->child_fd); /* the child's copy keeps the description */
+    int fd = q->child_fd;
     q->child_fd = -1;
+    if (fd < 0)
+        return;
+    port_close(fd); /* the child's copy keeps the description */
+    if (shmq_is_closing(q))
+        unlink_if_unused(q);
 }
 
 /* The parent's threads, calls and pin don't exist in the child. */
@@ -454,6 +482,7 @@ int shmq_fork_child(struct shmq *q)
         return SHMQ_GONE;
     if (q->seg == NULL || shmq_is_closing(q)) { /* by another thread between the two steps */
         port_close(fd);
+        unlink_if_unused(q);
         return SHMQ_CLOSED;
     }
     if ((rc = port_pin(fd, &q->pin)) == 0) {
@@ -517,7 +546,8 @@ static int unlink_if_last(struct shmq *q, bool let_go)
     SHMQ_FAILPOINT("detach:decided"); /* dies here: as if it had died before, or had left */
     if (let_go)
         let_go_of_slot(q); /* still under byte 0: of two that leave at once the second sees the first gone */
-    port_close(fd); /* and with it byte 0 */
+    port_unlock_byte(fd, 0); /* a child between vfork and exec may have the descriptor too */
+    port_close(fd);
     return rc;
 }
 

@@ -65,6 +65,10 @@ int shmq_leave(struct shmq *q);
 
 /* Take a side's lock; void what a dead holder had begun. OK | BUSY | INTR */
 int shmq_enter_side(struct shmq *q, int side, uint64_t until_ns);
+
+/* The same for a call with a deadline. The lock is waited for a little longer than that, as its owner may just have been
+ * preempted; held by a live one even then it is BUSY. INTR: also when it's time to look for signals. */
+int shmq_enter_side_by(struct shmq *q, int side, uint64_t deadline_ns);
 static inline void shmq_leave_side(struct shmq *q, int side) { shmq_unlock(&shmq_side(q, side)->lock); }
 
 #endif

@@ -12,8 +12,8 @@
 static uint64_t committed_in(const struct shmq *q, uint64_t pos, uint64_t end)
 {
     struct shmq_record r;
-    uint64_t n = 0;
-    while (pos < end && shmq_ring_state(&q->ring, pos) == SHMQ_COMMITTED && shmq_ring_read(&q->ring, pos, end, &r)) {
+    uint64_t n = 0; /* a run is a batch at most */
+    while (n < SHMQ_MAX_BATCH && pos < end && shmq_ring_state(&q->ring, pos) == SHMQ_COMMITTED && shmq_ring_read(&q->ring, pos, end, &r)) {
         pos += shmq_record_size(r.len);
         n++;
     }
@@ -62,10 +62,14 @@ int shmq_info(struct shmq *q, struct shmq_info *info)
         *info = (struct shmq_info){put.pos, get.pos, shmq_hands_lowest(&q->claims, get.pos), 0};
         bool is_whole = given_back(q, get.pos, &info->qsize);
         info->qsize += put.count - get.count - not_items(q, get.pos, put.pos);
-        if (is_whole && shmq_side_read(shmq_side(q, SHMQ_CONSUMING), &again, &get_seq2) &&
-            shmq_side_read(shmq_side(q, SHMQ_PRODUCING), &again, &put_seq2) && get_seq == get_seq2 && put_seq == put_seq2 &&
-            put.pos >= info->free_pos && put.pos - info->free_pos <= q->ring.capacity)
+        if (!shmq_side_read(shmq_side(q, SHMQ_CONSUMING), &again, &get_seq2) ||
+            !shmq_side_read(shmq_side(q, SHMQ_PRODUCING), &again, &put_seq2))
+            break;
+        if (!is_whole || get_seq != get_seq2 || put_seq != put_seq2)
+            continue;
+        if (put.pos >= info->free_pos && put.pos - info->free_pos <= q->ring.capacity)
             return SHMQ_OK;
+        break; /* nothing has moved, and it can't be */
     }
     return shmq_corrupt(q, "put_pos - get_pos", put.pos - get.pos, q->ring.capacity);
 }
@@ -126,12 +130,12 @@ static void check_entry(const struct checker *c, const struct shmq_hands *h, uin
         }
 }
 
-static int check_side(const struct checker *c, int side)
+static int check_side(const struct checker *c, int side, uint64_t deadline_ns)
 {
     struct shmq *q = c->q;
     struct shmq_mark put;
     uint64_t seq;
-    int rc = shmq_enter_side(q, side, shmq_now_ns() + UINT64_C(1000000000));
+    int rc = shmq_enter_side_by(q, side, deadline_ns);
     if (rc != SHMQ_OK)
         return rc;
     struct shmq_mark mark = shmq_side_mark(shmq_side(q, side));
@@ -149,14 +153,14 @@ static int check_side(const struct checker *c, int side)
     return SHMQ_OK;
 }
 
-int shmq_check(struct shmq *q, void (*report)(void *arg, const char *line), void *arg)
+int shmq_check(struct shmq *q, void (*report)(void *arg, const char *line), void *arg, uint64_t deadline_ns)
 {
     struct checker c = {q, report, arg};
     int rc = shmq_hold(q);
     if (rc != SHMQ_OK)
         return rc;
-    if ((rc = check_side(&c, SHMQ_PRODUCING)) == SHMQ_OK)
-        rc = check_side(&c, SHMQ_CONSUMING);
+    if ((rc = check_side(&c, SHMQ_PRODUCING, deadline_ns)) == SHMQ_OK)
+        rc = check_side(&c, SHMQ_CONSUMING, deadline_ns);
     shmq_let_go(q);
     return rc;
 }

@@ -36,6 +36,8 @@ int port_stat_path(const char *path, struct port_file *out);
 
 /* Files. Create: one without a name in the folder of `path`, with all its bytes allocated; port_link names it. */
 int port_open(const char *path, int *fd);
+int port_open_to_look(const char *path, int *fd); /* read-only */
+bool port_is_to_look(int fd);                     /* is this descriptor one of those? */
 int port_create(const char *path, uint64_t size, uint32_t mode, int *fd);
 int port_link(int fd, const char *path);
 int port_unlink(const char *path);

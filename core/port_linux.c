@@ -137,6 +137,18 @@ int port_open(const char *path, int *fd)
     return *fd < 0 ? errno : 0;
 }
 
+int port_open_to_look(const char *path, int *fd)
+{
+    *fd = open(path, O_RDONLY | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK);
+    return *fd < 0 ? errno : 0;
+}
+
+bool port_is_to_look(int fd)
+{
+    int flags = fcntl(fd, F_GETFL);
+    return flags >= 0 && (flags & O_ACCMODE) == O_RDONLY;
+}
+
 static void folder_of(const char *path, char *out)
 {
     const char *slash = strrchr(path, '/');

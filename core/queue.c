@@ -8,7 +8,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define LOCK_GRACE_NS UINT64_C(30000000)    /* a call that doesn't wait for items still waits so long for a lock */
+#define LOCK_GRACE_NS UINT64_C(80000000)    /* a call that doesn't wait for items still waits so long for a lock: its \
+                                               owner may have been preempted, for some ticks of a busy machine */
 #define LOCK_SLICE_NS UINT64_C(50000000)    /* then it is time to look for signals */
 #define WAIT_NS UINT64_C(100000000)         /* a sleeper looks for itself so often */
 #define WAIT_IN_HAND_NS UINT64_C(20000000)  /* and so often while a record is in hand: its owner may be dead */
@@ -85,13 +86,12 @@ int shmq_enter_side(struct shmq *q, int side, uint64_t until_ns)
 
 static uint64_t earlier(uint64_t a, uint64_t b) { return a < b ? a : b; }
 
-/* For a call with a deadline: a lock held by a live owner beyond it is BUSY, before it time to look for signals. */
-static int enter_side_by(struct shmq *q, int side, uint64_t deadline_ns)
+int shmq_enter_side_by(struct shmq *q, int side, uint64_t deadline_ns)
 {
-    uint64_t now = shmq_now_ns();
-    uint64_t until = deadline_ns < now + LOCK_GRACE_NS ? now + LOCK_GRACE_NS : earlier(deadline_ns, now + LOCK_SLICE_NS);
-    int rc = shmq_enter_side(q, side, until);
-    return rc == SHMQ_BUSY && until < deadline_ns ? SHMQ_INTR : rc;
+    uint64_t now = shmq_now_ns(), base = deadline_ns != 0 ? deadline_ns : now;
+    uint64_t limit = base < SHMQ_FOREVER - LOCK_GRACE_NS ? base + LOCK_GRACE_NS : SHMQ_FOREVER;
+    int rc = shmq_enter_side(q, side, earlier(limit, now + LOCK_SLICE_NS));
+    return rc == SHMQ_BUSY && shmq_now_ns() < limit ? SHMQ_INTR : rc;
 }
 
 /* ---- the other side's position */
@@ -608,7 +608,7 @@ SHMQ_COLD static int put_wait(struct shmq *q, const struct shmq_out *outs, uint3
     for (;;) {
         if (shmq_is_closing(q))
             return SHMQ_CLOSED;
-        int rc = enter_side_by(q, SHMQ_PRODUCING, deadline_ns);
+        int rc = shmq_enter_side_by(q, SHMQ_PRODUCING, deadline_ns);
         if (rc == SHMQ_OK)
             rc = put_locked(q, outs, n, done);
         if (rc == SHMQ_OK)
@@ -643,7 +643,7 @@ SHMQ_COLD static int get_wait(struct shmq *q, uint8_t *scratch, struct shmq_in *
         if (shmq_is_closing(q))
             return SHMQ_CLOSED;
         uint64_t seen = atomic_load_explicit(&shmq_side(q, SHMQ_PRODUCING)->seq, memory_order_relaxed);
-        int rc = enter_side_by(q, SHMQ_CONSUMING, deadline_ns);
+        int rc = shmq_enter_side_by(q, SHMQ_CONSUMING, deadline_ns);
         if (rc == SHMQ_OK)
             rc = get_locked(q, scratch, in);
         if (rc == SHMQ_OK)
@@ -709,7 +709,7 @@ int shmq_clear(struct shmq *q, uint64_t deadline_ns)
     int rc = shmq_hold(q);
     if (rc != SHMQ_OK)
         return rc;
-    if ((rc = enter_side_by(q, SHMQ_CONSUMING, deadline_ns)) == SHMQ_OK) {
+    if ((rc = shmq_enter_side_by(q, SHMQ_CONSUMING, deadline_ns)) == SHMQ_OK) {
         rc = clear_locked(q);
         shmq_leave_side(q, SHMQ_CONSUMING);
         fence_after_unlock();

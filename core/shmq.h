@@ -153,8 +153,8 @@ void shmq_ref_add(struct shmq *q);
 bool shmq_ref_drop(struct shmq *q);
 
 /* Compare the segment with every invariant, changing nothing; `report` gets a line for each that is broken.
- * OK (even when some are) | BUSY | CLOSED | FORKED */
-int shmq_check(struct shmq *q, void (*report)(void *arg, const char *line), void *arg);
+ * OK (even when some are) | BUSY | INTR | CLOSED | FORKED */
+int shmq_check(struct shmq *q, void (*report)(void *arg, const char *line), void *arg, uint64_t deadline_ns);
 
 uint64_t shmq_now_ns(void);
 uint64_t shmq_process(void); /* a number of this process that a forked child doesn't share */

@@ -73,6 +73,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 def say(word):
     print(word, flush=True)
+def idle(): # in slices: a signal that comes just before a sleep begins is handled after it
+    for _ in range(6000):
+        time.sleep(0.1)
 """
 
     def __init__(self, code: str, *args: str) -> None:
@@ -546,7 +549,7 @@ def test_multi_process_example_runs_as_it_stands(queue_name: str, method: str, t
 ENDINGS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 PASTIMES = {
     "computing": "while True: pass",
-    "sleeping": "time.sleep(600)",
+    "sleeping": "idle()",
     "getting": "queues[0].get()",
     "putting": "queues[0].put(bytes(4000)); queues[0].put(bytes(4000))",
     "putting many": "import itertools; queues[0].put_many(itertools.repeat(bytes(100)))",
@@ -591,7 +594,7 @@ def test_exit_handlers_of_several_queues_chain(queue_name: str, start: Callable[
                 q.set_console_handlers(register_atexit=True)
                 q.set_console_handlers()
             say("ready")
-            time.sleep(600)
+            idle()
             """,
             *names,
         )
@@ -669,7 +672,7 @@ def test_handlers_that_chain_among_the_exit_handlers_run_once_each(
         signal.signal(signal.SIGTERM, mine)
         second.set_console_handlers()
         say("ready")
-        time.sleep(600)
+        idle()
         """,
         queue_name,
     )
@@ -1029,7 +1032,7 @@ def test_tracked_segment_of_a_killed_process_is_removed_by_the_tracker(
 ) -> None:
     """'track_resources=True': registered for real, so that the tracker cleans up and says so"""
     program = start(
-        'q = shmqueue.ShmQueue(sys.argv[1], track_resources=True); q.put(1); say("put"); time.sleep(600)', queue_name
+        'q = shmqueue.ShmQueue(sys.argv[1], track_resources=True); q.put(1); say("put"); idle()', queue_name
     )
     assert program.says() == "put"
     assert segment(queue_name).exists()
@@ -1243,7 +1246,7 @@ def test_an_item_larger_than_buffer_size_is_refused_immediately(q: ShmQueue[byte
 def test_ref_counts_are_right_with_killed_processes_among_them(queue_name: str, start: Callable[..., Program]) -> None:
     """'Abrupt process termination': who was killed is no reference, and frees nothing for the others."""
     with ShmQueue[int](queue_name) as q:
-        holder = 'q = shmqueue.ShmQueue(sys.argv[1]); q.put(int(sys.argv[2])); say("put"); time.sleep(600)'
+        holder = 'q = shmqueue.ShmQueue(sys.argv[1]); q.put(int(sys.argv[2])); say("put"); idle()'
         programs = [start(holder, queue_name, str(number)) for number in range(4)]
         assert [program.says() for program in programs] == ["put"] * 4
         assert q.refs == 5
@@ -1251,7 +1254,7 @@ def test_ref_counts_are_right_with_killed_processes_among_them(queue_name: str, 
             program.kill()
             wait_until(lambda left=left: q.refs == 4 - left)
         assert q.snapshot().ref_count == 2
-        more = start("q = shmqueue.ShmQueue(sys.argv[1]); say(q.refs); time.sleep(600)", queue_name)
+        more = start("q = shmqueue.ShmQueue(sys.argv[1]); say(q.refs); idle()", queue_name)
         assert more.says() == "3"
         more.kill()
         programs[3].kill()
@@ -1262,7 +1265,7 @@ def test_ref_counts_are_right_with_killed_processes_among_them(queue_name: str, 
 
 def test_items_of_a_killed_process_wait_for_the_next_one(queue_name: str, start: Callable[..., Program]) -> None:
     """'If a process is killed': the last one, too, takes no item with it that it has put."""
-    program = start('q = shmqueue.ShmQueue(sys.argv[1]); q.put_many(range(9)); say("put"); time.sleep(600)', queue_name)
+    program = start('q = shmqueue.ShmQueue(sys.argv[1]); q.put_many(range(9)); say("put"); idle()', queue_name)
     assert program.says() == "put"
     program.kill()
     assert segment(queue_name).exists()
@@ -1365,7 +1368,7 @@ def test_debug_log_tells_of_each_handle(queue_name: str, temporary: Path, start:
     other.tell()
     assert other.ends() == (0, "")
     killed = start(
-        "q = shmqueue.ShmQueue(sys.argv[1], debug_ref_to_file_log=True); say(q.refs); time.sleep(600)", queue_name
+        "q = shmqueue.ShmQueue(sys.argv[1], debug_ref_to_file_log=True); say(q.refs); idle()", queue_name
     )
     assert killed.says() == "2"
     killed.kill()

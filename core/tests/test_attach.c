@@ -99,7 +99,7 @@ static void test_everything_is_refused_once_closed(void)
     CHECK_EQ(shmq_get_wait(q, scratch, in, SHMQ_FOREVER), SHMQ_CLOSED);
     CHECK_EQ(shmq_get_batch_try(q, in, &n), SHMQ_CLOSED);
     CHECK_EQ(shmq_clear(q, SHMQ_FOREVER), SHMQ_CLOSED);
-    CHECK_EQ(shmq_check(q, complain, &n), SHMQ_CLOSED);
+    CHECK_EQ(look_at_all(q, complain, &n), SHMQ_CLOSED);
     CHECK_EQ(shmq_adopt(q), SHMQ_CLOSED);
     CHECK_EQ(shmq_fork_before(q), SHMQ_CLOSED);
     shmq_fork_parent(q);
@@ -192,7 +192,7 @@ static void *come_and_go(void *arg)
 {
     struct crowd *crowd = arg;
     int self = atomic_fetch_add(&crowd->ready, 1);
-    for (int round = 0; round < 150; round++) {
+    for (int round = 0; round < 400; round++) {
         struct shmq *q = attach((1 + (uint64_t)round % 3) * PAGE);
         uint64_t uuid;
         memcpy(&uuid, shmq_uuid(q), 8);
@@ -930,6 +930,97 @@ static void test_creator_whose_name_was_taken_away_joins_who_has_it(void)
     closes(q);
 }
 
+/* How many descriptors of a process lead to the segment. */
+static int open_segments(pid_t pid)
+{
+    char path[300], target[300];
+    int n = 0;
+    snprintf(path, sizeof path, "/proc/%d/fd", (int)pid);
+    DIR *folder = opendir(path);
+    for (struct dirent *e; folder != NULL && (e = readdir(folder)) != NULL;) {
+        ssize_t len = readlinkat(dirfd(folder), e->d_name, target, sizeof target - 1);
+        target[len > 0 ? len : 0] = 0;
+        n += strcmp(target, check_path) == 0;
+    }
+    if (folder != NULL)
+        closedir(folder);
+    return n;
+}
+
+static void attach_and_put(void *arg)
+{
+    (void)arg;
+    struct shmq *q = attach(PAGE);
+    puts_ok(q, 5, 50);
+    closes(q);
+}
+
+static void adopt_in_vain(void *arg)
+{
+    (void)arg;
+    CHECK_EQ(shmq_adopt(inherited), SHMQ_GONE);
+}
+
+static void test_who_waited_for_a_segment_that_is_gone_by_then_starts_over(void)
+{
+    for (int adopts = 0; adopts < 2; adopts++) {
+        int fd;
+        struct shmq *a = inherited = attach(PAGE);
+        CHECK(port_open(check_path, &fd) == 0 && port_lock_byte(fd, 0) == 0);
+        int before = open_segments(getpid());
+        pid_t pid = start_child(adopts ? adopt_in_vain : attach_and_put, NULL);
+        WAIT_FOR(open_segments(pid) > before); /* it has opened what it waits for */
+        CHECK_EQ(unlink(check_path), 0);
+        struct shmq *b = attach(PAGE);
+        port_close(fd);
+        child_ends_well(pid);
+        if (!adopts)
+            gets(b, 5);
+        closes(a);
+        CHECK(exists());
+        closes(b);
+        CHECK(!exists());
+    }
+}
+
+static void leave_together(void *arg)
+{
+    struct crowd *crowd = arg;
+    struct shmq *q = attach(PAGE);
+    crowd->ready++;
+    while (!crowd->go) /* awake, so that all leave at one time */
+        port_pause();
+    closes(q);
+}
+
+static void test_of_those_that_leave_at_one_time_the_last_unlinks(void)
+{
+    for (int round = 0; round < 150; round++) {
+        struct crowd *crowd = shared_bytes(sizeof *crowd);
+        pid_t pids[2];
+        for (int i = 0; i < 2; i++)
+            pids[i] = start_child(leave_together, crowd);
+        WAIT_FOR(crowd->ready == 2);
+        crowd->go = true;
+        for (int i = 0; i < 2; i++)
+            child_ends_well(pids[i]);
+        CHECK(!exists());
+        munmap(crowd, sizeof *crowd);
+    }
+}
+
+static void test_close_spares_what_now_has_its_descriptors_number(void)
+{
+    struct shmq *q = attach(PAGE);
+    int number = q->probe_fd, null = open("/dev/null", O_RDWR);
+    CHECK_EQ(dup2(null, number), number);
+    closes(q);
+    CHECK(fcntl(number, F_GETFD) >= 0);
+    close(number);
+    close(null);
+    CHECK(!exists());
+}
+
 /* ---- deaths half-way */
 
 struct scene {
@@ -1063,6 +1154,9 @@ static const struct test tests[] = {
     TEST(test_no_lock_slips_into_a_child_forked_by_another_thread),
     TEST(test_who_freezes_while_attaching_is_named_after_five_seconds),
     TEST(test_creator_whose_name_was_taken_away_joins_who_has_it),
+    TEST(test_who_waited_for_a_segment_that_is_gone_by_then_starts_over),
+    TEST(test_of_those_that_leave_at_one_time_the_last_unlinks),
+    TEST(test_close_spares_what_now_has_its_descriptors_number),
     TEST(test_death_at_any_point_of_coming_and_going_leaves_a_queue_that_works),
 };
 RUN_TESTS(tests)

@@ -90,6 +90,44 @@ static void test_no_wake_up_is_lost_in_a_long_ping_pong(void)
     pthread_join(thread, NULL);
 }
 
+/* ---- the same without sleeping: at one instant here, either the flag is seen or what was published */
+
+#define MEETINGS 200000u
+
+static _Atomic uint32_t turn, published, answered;
+static uint32_t seen_flag;
+
+static void *publish_and_look(void *arg)
+{
+    for (uint32_t i = 1; i <= MEETINGS; i++) {
+        while (atomic_load_explicit(&turn, memory_order_acquire) != i)
+            port_pause();
+        atomic_store_explicit(&published, i, memory_order_relaxed);
+        atomic_thread_fence(memory_order_seq_cst);
+        seen_flag = shmq_items_asleep(&w);
+        atomic_store_explicit(&answered, i, memory_order_release);
+    }
+    return arg;
+}
+
+static void test_sleeper_and_waker_never_miss_each_other(void)
+{
+    pthread_t thread;
+    CHECK_EQ(pthread_create(&thread, NULL, publish_and_look, NULL), 0);
+    for (uint32_t i = 1; i <= MEETINGS; i++) {
+        atomic_store_explicit(&w.items_asleep, 0, memory_order_relaxed);
+        atomic_store_explicit(&turn, i, memory_order_release);
+        for (uint32_t k = i % 64; k > 0; k--)
+            port_pause(); /* so that they meet at all distances */
+        shmq_items_begin(&w);
+        uint32_t seen = atomic_load_explicit(&published, memory_order_relaxed);
+        while (atomic_load_explicit(&answered, memory_order_acquire) != i)
+            sched_yield();
+        CHECK(seen == i || seen_flag == 1);
+    }
+    pthread_join(thread, NULL);
+}
+
 /* ---- one is woken, and wakes the next when something is left */
 
 #define CONSUMERS 5
@@ -213,6 +251,7 @@ static const struct test tests[] = {
     TEST(test_sleep_ends_at_its_timeout),
     TEST(test_room_wanted_is_what_the_least_demanding_wants),
     TEST(test_no_wake_up_is_lost_in_a_long_ping_pong),
+    TEST(test_sleeper_and_waker_never_miss_each_other),
     TEST(test_who_is_woken_wakes_the_next_while_something_is_left),
     TEST(test_killed_sleeper_leaves_nothing_but_a_needless_wake),
     TEST(test_waker_that_dies_half_way_costs_one_timeout),

@@ -55,6 +55,14 @@ static void test_waiter_leaves_its_mark(void)
     CHECK_EQ(g->word, 0);
 }
 
+static void test_who_has_waited_leaves_the_mark_for_others_that_may_still_sleep(void)
+{
+    struct guarded *g = make_guarded();
+    struct shmq_lock_user user = {12, is_dead, g, false};
+    CHECK_EQ(shmq_lock(&g->word, &user, SHMQ_FOREVER), SHMQ_LOCK_TAKEN);
+    CHECK_EQ(g->word, 12 | SHMQ_CONTENDED);
+}
+
 /* ---- threads */
 
 #define THREADS 4
@@ -209,9 +217,17 @@ static void test_call_without_time_takes_over_too(void)
     CHECK_EQ(lock(g, 12, 0), SHMQ_LOCK_TAKEN_OVER);
 }
 
+static bool is_dead_after_all_have_asked(void *arg, uint64_t owner)
+{
+    bool is = is_dead(arg, owner);
+    usleep(500);
+    return is;
+}
+
 static void *lock_of_the_dead(void *self)
 {
-    enum shmq_lock_result result = lock(among_threads, (uintptr_t)self, SHMQ_FOREVER);
+    struct shmq_lock_user user = {(uintptr_t)self, is_dead_after_all_have_asked, among_threads, true};
+    enum shmq_lock_result result = shmq_lock(&among_threads->word, &user, SHMQ_FOREVER);
     CHECK(result == SHMQ_LOCK_TAKEN || result == SHMQ_LOCK_TAKEN_OVER);
     among_threads->taken_over += result == SHMQ_LOCK_TAKEN_OVER;
     change(among_threads);
@@ -291,6 +307,7 @@ static void test_garbage_word_is_a_dead_owner(void)
 static const struct test tests[] = {
     TEST(test_free_lock_is_taken_once),
     TEST(test_waiter_leaves_its_mark),
+    TEST(test_who_has_waited_leaves_the_mark_for_others_that_may_still_sleep),
     TEST(test_one_of_many_threads_is_inside),
     TEST(test_one_of_many_processes_is_inside),
     TEST(test_waiting_sleeps_and_asks_now_and_then_whether_the_owner_lives),

@@ -286,7 +286,7 @@ static void test_lock_holder_is_named_and_check_gives_up_on_it(void)
         CHECK_EQ(shmq_lock_pid(q, side), pid);
         looks(0, 0, 0); /* takes no lock */
         if (side == SHMQ_CONSUMING) /* it comes to this one last */
-            CHECK_EQ(shmq_check(q, complain, &n), SHMQ_BUSY);
+            CHECK_EQ(look_at_all(q, complain, &n), SHMQ_BUSY);
         let_child_end(pid);
         CHECK_EQ(shmq_lock_pid(q, side), 0);
     }
@@ -320,7 +320,7 @@ static void reports(const char *what)
     char *before = malloc(size);
     context("looking for a report on %s", what);
     memcpy(before, q->seg->slot, size);
-    CHECK_EQ(shmq_check(q, find_line, &what), SHMQ_OK);
+    CHECK_EQ(look_at_all(q, find_line, &what), SHMQ_OK);
     CHECK(what == NULL);
     CHECK(memcmp(before, q->seg->slot, size) == 0); /* changes nothing */
     free(before);

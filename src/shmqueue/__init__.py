@@ -4,6 +4,20 @@
 """
 
 from . import exceptions
+from .exceptions import (
+    ShmQueueBufferOverflow,
+    ShmQueueCorruptedError,
+    ShmQueueDeserializationError,
+    ShmQueueEmpty,
+    ShmQueueException,
+    ShmQueueFull,
+    ShmQueueNotInitializedError,
+    ShmQueueOSError,
+    ShmQueueRuntimeError,
+    ShmQueueSerializationError,
+    ShmQueueTypeError,
+    ShmQueueValueError,
+)
 from .queue import SIZE_HEADER, SYSTEM_PAGESIZE, ShmQueue, ShmRefDataSnapshot
 from .reflog import DebugRefLogAction
 from .serialization import SerializationMethods
@@ -16,6 +30,18 @@ __all__ = [
     "DebugRefLogAction",
     "SerializationMethods",
     "ShmQueue",
+    "ShmQueueBufferOverflow",
+    "ShmQueueCorruptedError",
+    "ShmQueueDeserializationError",
+    "ShmQueueEmpty",
+    "ShmQueueException",
+    "ShmQueueFull",
+    "ShmQueueNotInitializedError",
+    "ShmQueueOSError",
+    "ShmQueueRuntimeError",
+    "ShmQueueSerializationError",
+    "ShmQueueTypeError",
+    "ShmQueueValueError",
     "ShmRefDataSnapshot",
     "__version__",
     "exceptions",

@@ -29,8 +29,6 @@ __all__ = [
     "ShmQueueSerializationError",
     "ShmQueueTypeError",
     "ShmQueueValueError",
-    "system_error",
-    "with_progress",
 ]
 
 E = TypeVar("E", bound=BaseException)

@@ -12,6 +12,7 @@ import signal
 import threading
 import weakref
 from collections import Counter
+from functools import partial
 from multiprocessing import resource_tracker, util
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -32,52 +33,42 @@ __all__ = [
     "untrack",
 ]
 
-_handles: weakref.WeakSet[ShmQueue[Any]] = weakref.WeakSet()
-_on_signal: weakref.WeakSet[ShmQueue[Any]] = weakref.WeakSet()
-_inherited: weakref.WeakSet[ShmQueue[Any]] = weakref.WeakSet()
-_forking: list[ShmQueue[Any]] = []
-_fork_lock = threading.RLock()
+# By id, since a copy of a dict's values is made in one step; a WeakSet may change under who copies it.
+_handles: dict[int, weakref.ref[ShmQueue[Any]]] = {}
+_on_signal: dict[int, weakref.ref[ShmQueue[Any]]] = {}
+_inherited: set[int] = set()
 
 
 def register(queue: ShmQueue[Any]) -> None:
-    _handles.add(queue)
+    _handles[id(queue)] = weakref.ref(queue)
 
 
 def unregister(queue: ShmQueue[Any]) -> None:
-    _handles.discard(queue)
-    _on_signal.discard(queue)
-    _inherited.discard(queue)
+    _handles.pop(id(queue), None)
+    _on_signal.pop(id(queue), None)
+    _inherited.discard(id(queue))
+
+
+def _leave(handles: dict[int, weakref.ref[ShmQueue[Any]]]) -> None:
+    for reference in list(handles.values()):
+        queue = reference()
+        if queue is not None:
+            queue._leave(now=True)
 
 
 # ---- forks
 
 
-def _before_fork() -> None:
-    _fork_lock.acquire()
-    _forking[:] = [queue for queue in list(_handles) if queue._fork_before() == _core.OK]
-
-
-def _after_in_parent() -> None:
-    for queue in _forking:
-        queue._fork_parent()
-    _forking.clear()
-    _fork_lock.release()
-
-
-def _after_in_child() -> None:
-    for queue in _forking:
-        queue._fork_child()  # where it fails, the first call attaches
-    _inherited.update(_forking)
-    _forking.clear()
+def _start_child() -> None:
+    _inherited.update(_handles)
     _tracked.clear()
-    _fork_lock.release()
     _leave_at_exit()
 
 
 def first_ref_in_child(queue: ShmQueue[Any]) -> bool:
     """Is this handle inherited, and does nobody know of its attachment in this child yet?"""
-    is_first = queue in _inherited
-    _inherited.discard(queue)
+    is_first = id(queue) in _inherited
+    _inherited.discard(id(queue))
     return is_first
 
 
@@ -96,8 +87,7 @@ def end_thread_if_exiting() -> None:
 def _leave_all() -> None:
     global _is_exiting
     _is_exiting = True
-    for queue in list(_handles):
-        queue._leave(now=True)
+    _leave(_handles)
 
 
 def _leave_at_exit(_: object = None) -> None:
@@ -108,8 +98,12 @@ def _leave_at_exit(_: object = None) -> None:
 _leave_at_exit()
 # A child of multiprocessing forgets its parent's finalizers after the hooks of os.fork have run.
 util.register_after_fork(_leave_at_exit, _leave_at_exit)
+# The handles' part is in C: a signal handler that raised in the middle of it would leave a slot locked for ever.
+os.register_at_fork(after_in_child=_start_child)
 os.register_at_fork(
-    before=_before_fork, after_in_parent=_after_in_parent, after_in_child=_after_in_child
+    before=partial(_core.before_fork, _handles),
+    after_in_parent=partial(_core.after_fork_in_parent, _handles),
+    after_in_child=partial(_core.after_fork_in_child, _handles),
 )
 
 
@@ -126,8 +120,7 @@ class _Handler:
         self._previous = previous
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        for queue in list(_on_signal):
-            queue._leave(now=True)
+        _leave(_on_signal)
         if callable(self._previous):
             self._previous(number, frame)
         else:
@@ -141,7 +134,7 @@ def handle_signals(queue: ShmQueue[Any]) -> None:
         raise ShmQueueRuntimeError(
             f"queue {queue.identifier!r}: set_console_handlers() works in the main thread only"
         )
-    _on_signal.add(queue)
+    _on_signal[id(queue)] = weakref.ref(queue)
     for number in _SIGNALS:
         current = signal.getsignal(number)
         # An ignored signal stays ignored (nohup); None is a handler that C code has installed.

@@ -14,7 +14,6 @@ import operator
 import os
 import uuid
 from collections.abc import Callable, Iterator
-from functools import partial
 from itertools import chain
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
@@ -114,7 +113,8 @@ class ShmQueue(_core.Handle[T]):
         self._capacity = self.max_buffer_size()
         lifecycle.register(self)
         if not was_created and self._capacity != capacity:
-            self._log.info(
+            self._log.log(
+                logging.WARNING if capacity > self._capacity else logging.DEBUG,
                 "queue %r: has %d bytes since it was created; %d were asked for",
                 self._name, self._capacity, capacity,
             )  # fmt: skip
@@ -252,7 +252,7 @@ class ShmQueue(_core.Handle[T]):
         self.shutdown()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return partial(type(self), self._name, **self._options), ()
+        return _reopen, (type(self), self._name, self._options)
 
     def set_console_handlers(self, register_atexit: bool = False) -> None:
         """Shut down on SIGINT, SIGTERM and SIGHUP; the signal then goes to whoever handled it before.
@@ -352,38 +352,53 @@ class ShmQueue(_core.Handle[T]):
     def _too_big(self, size: int) -> NoReturn:
         if size > 2**32 + SIZE_HEADER:
             raise exc.ShmQueueValueError(f"{self._who}: the payload has 4 GiB or more; items must be smaller")
+        asked = self._options["buffer_size"]
+        remedy = "create it with a larger buffer_size"
+        if asked > self._capacity:
+            remedy = f"it was there before this handle asked for {asked}; close all its handles, or remove {self._path}"
         raise exc.ShmQueueValueError(
-            f"{self._who}: the item takes {size} bytes, the queue has {self._capacity} in all; "
-            "create it with a larger buffer_size"
+            f"{self._who}: the item takes {size} bytes, the queue has {self._capacity} in all; {remedy}"
         )
 
     def _busy(self, size: int) -> NoReturn:
         side = 0 if size > 0 else 1
         kinds = (exc.ShmQueueFull, exc.ShmQueueEmpty, exc.ShmQueueRuntimeError)
         kind = kinds[side] if size >= 0 else kinds[2]
+        pid = self._lock_pid(side)
+        holder = f"process {pid}" if pid else "one process after the other"
         raise kind(
-            f"{self._who}: the {('producing', 'consuming')[side]} lock is held by process "
-            f"{self._lock_pid(side)}, which lives but doesn't go on (stopped?)"
+            f"{self._who}: the {('producing', 'consuming')[side]} lock is held by {holder}, alive but not letting go "
+            f"in time (stopped, or on a very busy machine?); {self.buffer_occupancy()} of {self._capacity} bytes in use"
         )
 
     def _raise_fault(self, status: int, fault: tuple[str | None, int, int, int], doing: str) -> NoReturn:
         what, found, allowed, error = fault
         who, path = self._who, self._path
         if status == _core.CORRUPT:
+            show = hex if what == "magic" else str
+            wrong = f"{what} is {show(found)}, expected is {show(allowed)}"
+            if what == "kind of file":
+                wrong = "it is no regular file"
             raise exc.ShmQueueCorruptedError(
-                f"{who}: {path} is no intact queue: {what} is {found:#x}, allowed is {allowed:#x}; "
-                "if nobody needs it, remove the file"
+                f"{who}: {path} is no intact queue: {wrong}; if nobody needs it, remove it"
             )
         if status == _core.VERSION:
             raise exc.ShmQueueRuntimeError(
                 f"{who}: segment has format {found}, this shmqueue reads {allowed}; if nobody needs it, remove {path}"
             )
         if status == _core.NO_SLOT:
-            raise exc.ShmQueueRuntimeError(f"{who}: all {allowed} attachments are in use")
+            raise exc.ShmQueueRuntimeError(f"{who}: all {allowed} attachments are in use; share handles, or close some")
         if status == _core.BUSY:
             raise exc.ShmQueueRuntimeError(f"{who}: process {found} has been attaching or detaching for 5 s")
         sizes = f" ({found} bytes needed, {allowed} free in /dev/shm)" if found else ""
         raise exc.system_error(error, f"{who}: cannot {doing}: {what} of {path} failed: {os.strerror(error)}{sizes}")
+
+
+def _reopen(kind: type[ShmQueue[Any]], name: str, options: dict[str, Any]) -> ShmQueue[Any]:
+    """Unpickle a handle: attach anew, whatever arguments a subclass's own constructor takes."""
+    queue = kind.__new__(kind)
+    ShmQueue.__init__(queue, name, **options)
+    return queue
 
 
 def _whole_pages(queue_name: str, buffer_size: Any) -> int:

@@ -53,4 +53,9 @@ PyObject *codec_decode(struct handle *self, uint32_t method, uint32_t phase, PyO
 
 extern PyType_Spec handle_spec;
 
+/* Functions of the module; their argument is a dict of weak references to handles. */
+PyObject *handles_before_fork(PyObject *module, PyObject *handles);
+PyObject *handles_after_fork_in_parent(PyObject *module, PyObject *handles);
+PyObject *handles_after_fork_in_child(PyObject *module, PyObject *handles);
+
 #endif

@@ -6,7 +6,7 @@
 
 #define BIG_PUT (64 * 1024)       /* bytes; from here on the GIL is worth releasing */
 #define BATCH_BYTES (64 * 1024)   /* payload bytes after which a batch is sent off */
-#define CLEAR_NS UINT64_C(5000000000) /* how long clear() waits for the lock */
+#define LOOK_NS UINT64_C(2000000000)  /* how long clear() and check() wait for a lock */
 
 #define NO_ITEM -1
 
@@ -63,7 +63,7 @@ static int parse_wait(struct handle *self, PyObject *block, PyObject *timeout, s
 static uint64_t deadline_of(const struct wait *w)
 {
     if (!w->block)
-        return 0;
+        return shmq_now_ns(); /* so that no retry waits longer for a lock than the first would have */
     if (w->seconds < 0 || w->seconds > 9e9)
         return SHMQ_FOREVER;
     return shmq_now_ns() + (uint64_t)(w->seconds * 1e9);
@@ -195,17 +195,25 @@ SHMQ_COLD static int send_batch(struct handle *self, struct batch *b, uint32_t *
     return rc;
 }
 
-/* The exception that is set learns how far we came: the items not put, then the rest of the iterable. */
+/* The exception that is set learns how far we came: the items not put, then the rest of the iterable. A signal handler
+ * may raise meanwhile; then that is what the caller gets, and it learns the same. */
 static void describe_rest(struct handle *self, PyObject *left, PyObject *rest, Py_ssize_t accepted)
 {
-    PyObject *type, *error, *trace;
-    PyErr_Fetch(&type, &error, &trace);
-    PyErr_NormalizeException(&type, &error, &trace);
-    PyObject *result = PyObject_CallMethod((PyObject *)self, "_put_so_far", "OnOO", error, accepted, left, rest);
-    if (result == NULL)
-        PyErr_Clear(); /* an exception that takes no attributes */
+    PyObject *type, *error, *trace, *result = NULL;
+    for (int tries = 0; tries < 10 && result == NULL; tries++) {
+        PyErr_Fetch(&type, &error, &trace);
+        PyErr_NormalizeException(&type, &error, &trace);
+        result = PyObject_CallMethod((PyObject *)self, "_put_so_far", "OnOO", error, accepted, left, rest);
+        if (result != NULL || PyErr_ExceptionMatches(PyExc_TypeError)) { /* one that takes no attributes */
+            PyErr_Clear();
+            PyErr_Restore(type, error, trace);
+            break;
+        }
+        Py_XDECREF(type);
+        Py_XDECREF(error);
+        Py_XDECREF(trace);
+    }
     Py_XDECREF(result);
-    PyErr_Restore(type, error, trace);
 }
 
 /* Read items until the batch is full. 0: go on; 1: the iterable has ended; -1: an exception, with *refused the item. */
@@ -497,7 +505,7 @@ static int append_ready(struct handle *self, PyObject *list, Py_ssize_t max)
 {
     struct wait now = DONT_WAIT;
     struct shmq_in in[SHMQ_MAX_BATCH];
-    uint64_t deadline = 0;
+    uint64_t deadline = UNKNOWN;
     while (PyList_GET_SIZE(list) < max) {
         Py_ssize_t room = max - PyList_GET_SIZE(list);
         uint32_t n = room < (Py_ssize_t)SHMQ_MAX_BATCH ? (uint32_t)room : SHMQ_MAX_BATCH;
@@ -609,7 +617,7 @@ static PyObject *handle_max_buffer_size(struct handle *self, PyObject *Py_UNUSED
 
 static PyObject *handle_clear(struct handle *self, PyObject *Py_UNUSED(none))
 {
-    uint64_t deadline = shmq_now_ns() + CLEAR_NS;
+    uint64_t deadline = shmq_now_ns() + LOOK_NS;
     int rc;
     if (ready(self) < 0)
         return NULL;
@@ -676,13 +684,14 @@ static void collect(void *arg, const char *line)
 static PyObject *handle_check(struct handle *self, PyObject *Py_UNUSED(none))
 {
     struct report r = {.used = 0};
+    uint64_t deadline = shmq_now_ns() + LOOK_NS;
     int rc;
     if (ready(self) < 0)
         return NULL;
     do {
         r.used = 0;
         Py_BEGIN_ALLOW_THREADS
-        rc = shmq_check(self->q, collect, &r);
+        rc = shmq_check(self->q, collect, &r, deadline);
         Py_END_ALLOW_THREADS
         if (rc == SHMQ_INTR && PyErr_CheckSignals() < 0)
             return NULL;
@@ -746,21 +755,37 @@ static PyObject *handle_is_open(struct handle *self, PyObject *Py_UNUSED(none))
     return PyBool_FromLong(self->q != NULL && shmq_usable(self->q) != SHMQ_CLOSED);
 }
 
-static PyObject *handle_fork_before(struct handle *self, PyObject *Py_UNUSED(none))
-{
-    return PyLong_FromLong(self->q == NULL ? SHMQ_CLOSED : shmq_fork_before(self->q));
-}
+/* ---- fork hooks: C functions, so that no signal handler can raise in the middle of them */
 
-static PyObject *handle_fork_parent(struct handle *self, PyObject *Py_UNUSED(none))
+/* Call `step` for each handle of a dict of weak references that is still there. */
+static PyObject *for_each_handle(PyObject *handles, void (*step)(struct shmq *q))
 {
-    if (self->q != NULL)
-        shmq_fork_parent(self->q);
+    PyObject *references = PyDict_Values(handles);
+    for (Py_ssize_t i = 0; references != NULL && i < PyList_GET_SIZE(references); i++) {
+        PyObject *handle = PyObject_CallNoArgs(PyList_GET_ITEM(references, i));
+        if (handle != NULL && handle != Py_None && ((struct handle *)handle)->q != NULL)
+            step(((struct handle *)handle)->q);
+        Py_XDECREF(handle);
+    }
+    if (references == NULL)
+        return NULL;
+    Py_DECREF(references);
     Py_RETURN_NONE;
 }
 
-static PyObject *handle_fork_child(struct handle *self, PyObject *Py_UNUSED(none))
+static void before(struct shmq *q) { shmq_fork_before(q); }
+static void in_child(struct shmq *q) { shmq_fork_child(q); } /* where it fails, the first call attaches */
+
+PyObject *handles_before_fork(PyObject *Py_UNUSED(module), PyObject *handles) { return for_each_handle(handles, before); }
+
+PyObject *handles_after_fork_in_parent(PyObject *Py_UNUSED(module), PyObject *handles)
 {
-    return PyLong_FromLong(self->q == NULL ? SHMQ_CLOSED : shmq_fork_child(self->q));
+    return for_each_handle(handles, shmq_fork_parent);
+}
+
+PyObject *handles_after_fork_in_child(PyObject *Py_UNUSED(module), PyObject *handles)
+{
+    return for_each_handle(handles, in_child);
 }
 
 static int handle_traverse(struct handle *self, visitproc visit, void *arg)
@@ -823,9 +848,6 @@ static PyMethodDef methods[] = {
     {"_fault", (PyCFunction)handle_fault, METH_NOARGS, NULL},
     {"_close", (PyCFunction)handle_close, METH_O, NULL},
     {"_is_open", (PyCFunction)handle_is_open, METH_NOARGS, NULL},
-    {"_fork_before", (PyCFunction)handle_fork_before, METH_NOARGS, NULL},
-    {"_fork_parent", (PyCFunction)handle_fork_parent, METH_NOARGS, NULL},
-    {"_fork_child", (PyCFunction)handle_fork_child, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL},
 };
 

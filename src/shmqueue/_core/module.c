@@ -29,12 +29,20 @@ static int exec(PyObject *module)
     return add_status_codes(module);
 }
 
+static PyMethodDef functions[] = {
+    {"before_fork", handles_before_fork, METH_O, NULL},
+    {"after_fork_in_parent", handles_after_fork_in_parent, METH_O, NULL},
+    {"after_fork_in_child", handles_after_fork_in_child, METH_O, NULL},
+    {NULL, NULL, 0, NULL},
+};
+
 static PyModuleDef_Slot slots[] = {{Py_mod_exec, exec}, {0, NULL}};
 
 static struct PyModuleDef definition = {
     PyModuleDef_HEAD_INIT,
     .m_name = "shmqueue._core",
     .m_doc = "The binding to the core; see shmqueue.queue.",
+    .m_methods = functions,
     .m_slots = slots,
 };
 
