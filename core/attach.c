@@ -280,7 +280,8 @@ static int map_segment(struct shmq *q, const struct shmq_segment_hdr *hdr)
     q->seg = base;
     q->ring_offset = hdr->ring_offset;
     bool is_power_of_2 = (hdr->capacity & (hdr->capacity - 1)) == 0;
-    q->ring = (struct shmq_ring){(uint8_t *)base + hdr->ring_offset, hdr->capacity, is_power_of_2 ? hdr->capacity - 1 : 0};
+    q->ring =
+        (struct shmq_ring){(uint8_t *)base + hdr->ring_offset, hdr->capacity, is_power_of_2 ? hdr->capacity - 1 : 0};
     q->reservations = (struct shmq_hands){q->seg->reservations, SHMQ_R_ENTRIES, &q->seg->side[SHMQ_PRODUCING].top};
     q->claims = (struct shmq_hands){q->seg->claims, SHMQ_H_ENTRIES, &q->seg->side[SHMQ_CONSUMING].top};
     return 0;
@@ -322,7 +323,7 @@ static bool is_stale(struct shmq *q, int fd, uint64_t capacity)
 static int attach(struct shmq *q, uint64_t capacity, struct shmq_fault *fault)
 {
     struct shmq_segment_hdr hdr;
-    int fd, rc = port_open(q->path, &fd); /* will hold byte 0 and our slot */
+    int fd, rc = port_open(q->path, &fd);           /* will hold byte 0 and our slot */
     if (rc == ELOOP || rc == EISDIR || rc == ENXIO) /* a symbolic link, a folder, a socket */
         return fail(fault, SHMQ_CORRUPT, "kind of file", 0, 0, 0);
     if (rc != 0)
@@ -545,7 +546,7 @@ static int unlink_if_last(struct shmq *q, bool let_go)
     }
     SHMQ_FAILPOINT("detach:decided"); /* dies here: as if it had died before, or had left */
     if (let_go)
-        let_go_of_slot(q); /* still under byte 0: of two that leave at once the second sees the first gone */
+        let_go_of_slot(q);   /* still under byte 0: of two that leave at once the second sees the first gone */
     port_unlock_byte(fd, 0); /* a child between vfork and exec may have the descriptor too */
     port_close(fd);
     return rc;

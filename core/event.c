@@ -1,8 +1,8 @@
 /* event.c - eventcounts: sleep until somebody says that something changed.
- * A sleeper reads the count, raises the flag, looks once more, and sleeps unless the count has moved. A waker publishes,
- * looks at the flag, and only if it's up lowers it, bumps the count and wakes. A flag, not a number of sleepers: a killed
- * sleeper would leave the number too high for ever. Who lowers the flag may leave others asleep, so whoever has slept
- * raises it again, and whoever leaves something behind wakes the next (queue.c). */
+ * A sleeper reads the count, raises the flag, looks once more, and sleeps unless the count has moved. A waker
+ * publishes, looks at the flag, and only if it's up lowers it, bumps the count and wakes. A flag, not a number of
+ * sleepers: a killed sleeper would leave the number too high for ever. Who lowers the flag may leave others asleep, so
+ * whoever has slept raises it again, and whoever leaves something behind wakes the next (queue.c). */
 #include "event.h"
 
 #include <limits.h>
@@ -56,12 +56,15 @@ uint32_t shmq_room_begin(struct shmq_waiters_hdr *w, uint64_t bytes)
     return key;
 }
 
-int shmq_sleep(_Atomic uint32_t *count, uint32_t key, uint64_t timeout_ns) { return port_sleep(count, key, timeout_ns); }
+int shmq_sleep(_Atomic uint32_t *count, uint32_t key, uint64_t timeout_ns)
+{
+    return port_sleep(count, key, timeout_ns);
+}
 
 SHMQ_COLD void shmq_items_wake(struct shmq_waiters_hdr *w, int n)
 {
     if (atomic_exchange_explicit(&w->items_asleep, 0, memory_order_relaxed) == 0)
-        return; /* somebody else does */
+        return;                     /* somebody else does */
     SHMQ_FAILPOINT("wake:lowered"); /* dies here: sleepers look again by themselves, queue.c */
     atomic_fetch_add_explicit(&w->items, 1, memory_order_release); /* [K2] pairs with [K1] */
     port_wake(&w->items, n);

@@ -24,7 +24,8 @@ struct shmq {
     int child_fd;          /* between fork_before and fork_parent or fork_child: the child's slot, locked */
     uint64_t child_self;
     bool was_created, may_spin;
-    _Atomic uint32_t calls; /* who holds the handle; SHMQ_CLOSING: nobody may any more, and the last to let go detaches */
+    _Atomic uint32_t
+        calls; /* who holds the handle; SHMQ_CLOSING: nobody may any more, and the last to let go detaches */
     _Atomic bool is_detached;
     /* what we last saw of the other side: bounds that can only be behind */
     _Atomic uint64_t put_seen, free_seen;
@@ -66,8 +67,8 @@ int shmq_leave(struct shmq *q);
 /* Take a side's lock; void what a dead holder had begun. OK | BUSY | INTR */
 int shmq_enter_side(struct shmq *q, int side, uint64_t until_ns);
 
-/* The same for a call with a deadline. The lock is waited for a little longer than that, as its owner may just have been
- * preempted; held by a live one even then it is BUSY. INTR: also when it's time to look for signals. */
+/* The same for a call with a deadline. The lock is waited for a little longer than that, as its owner may just have
+ * been preempted; held by a live one even then it is BUSY. INTR: also when it's time to look for signals. */
 int shmq_enter_side_by(struct shmq *q, int side, uint64_t deadline_ns);
 static inline void shmq_leave_side(struct shmq *q, int side) { shmq_unlock(&shmq_side(q, side)->lock); }
 

@@ -22,7 +22,7 @@ int32_t shmq_hands_take(const struct shmq_hands *h, uint64_t pos, uint64_t end, 
     atomic_store_explicit(&e->deliveries, owner != 0, memory_order_relaxed);
     if (i >= top)
         atomic_store_explicit(h->top, i + 1, memory_order_release); /* before pos1, so that the bound holds */
-    SHMQ_FAILPOINT("hands:prepared"); /* dies here: the entry is still free */
+    SHMQ_FAILPOINT("hands:prepared");                               /* dies here: the entry is still free */
     atomic_store_explicit(&e->pos1, pos + 1, memory_order_release); /* [R5] pairs with [A5] */
     SHMQ_FAILPOINT("hands:taken"); /* dies here: the entry is void, as nothing was published */
     return (int32_t)i;

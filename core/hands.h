@@ -32,8 +32,8 @@ static inline uint64_t shmq_hand_end(const struct shmq_hand_hdr *e)
     return atomic_load_explicit(&((struct shmq_hand_hdr *)e)->end, memory_order_relaxed);
 }
 
-/* Take a free entry for the records in [pos, end); -1 when there is none. Caller holds the side's lock. It is void until
- * a position beyond pos is published. */
+/* Take a free entry for the records in [pos, end); -1 when there is none. Caller holds the side's lock. It is void
+ * until a position beyond pos is published. */
 int32_t shmq_hands_take(const struct shmq_hands *h, uint64_t pos, uint64_t end, uint64_t owner);
 
 /* Claim an entry that has no owner. Caller holds the side's lock. */
@@ -42,7 +42,8 @@ void shmq_hands_claim(const struct shmq_hands *h, int32_t i, uint64_t owner);
 /* Endings, one store each: the owner's, or with the side's lock held anybody's. */
 void shmq_hands_free(const struct shmq_hands *h, int32_t i);
 void shmq_hands_give_back(const struct shmq_hands *h, int32_t i);
-void shmq_hands_advance(const struct shmq_hands *h, int32_t i, uint64_t pos); /* the run now begins at pos; frees it at its end */
+void shmq_hands_advance(const struct shmq_hands *h, int32_t i,
+                        uint64_t pos); /* the run now begins at pos; frees it at its end */
 
 /* Lower *top as far as entries are free. Caller holds the side's lock. */
 void shmq_hands_trim(const struct shmq_hands *h);

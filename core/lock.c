@@ -2,7 +2,8 @@
  * One word: owner (layout.h) and the contended bit; its low half is the futex. A waiter that has slept long enough asks
  * whether the owner lives and takes the lock over from a dead one by CAS, so that of many exactly one does. Taking over
  * repairs nothing: a critical section publishes by one store, so it has happened or it hasn't (side.h).
- * Threads of one attachment share an owner; they are told apart by nothing, since a live process's threads don't die. */
+ * Threads of one attachment share an owner; they are told apart by nothing, since a live process's threads don't die.
+ */
 #include "lock.h"
 
 #include <errno.h>
@@ -11,13 +12,14 @@
 #include "port.h"
 #include "shmq.h"
 
-#define SPINS 100u                        /* pauses before sleeping: about a critical section or two */
-#define FIRST_SLEEP_NS UINT64_C(1000000)  /* 1 ms until the owner is looked at */
-#define SLEEP_NS UINT64_C(10000000)       /* 10 ms until it is again */
+#define SPINS 100u                       /* pauses before sleeping: about a critical section or two */
+#define FIRST_SLEEP_NS UINT64_C(1000000) /* 1 ms until the owner is looked at */
+#define SLEEP_NS UINT64_C(10000000)      /* 10 ms until it is again */
 
 static _Atomic uint32_t *low_half(_Atomic uint64_t *word) { return (_Atomic uint32_t *)word; }
 
-/* Free: take it, contended as others may sleep. Held: mark it contended. Returns the owner to wait for, 0 when taken. */
+/* Free: take it, contended as others may sleep. Held: mark it contended. Returns the owner to wait for, 0 when taken.
+ */
 static uint64_t take_or_mark(_Atomic uint64_t *word, uint64_t self)
 {
     uint64_t seen = atomic_load_explicit(word, memory_order_relaxed);
@@ -25,7 +27,8 @@ static uint64_t take_or_mark(_Atomic uint64_t *word, uint64_t self)
         uint64_t wish = seen == 0 ? self | SHMQ_CONTENDED : seen | SHMQ_CONTENDED;
         if (seen == wish)
             return seen;
-        if (atomic_compare_exchange_weak_explicit(word, &seen, wish, memory_order_acq_rel, memory_order_relaxed)) /* [L1] */
+        if (atomic_compare_exchange_weak_explicit(word, &seen, wish, memory_order_acq_rel,
+                                                  memory_order_relaxed)) /* [L1] */
             return seen == 0 ? 0 : wish;
     }
 }

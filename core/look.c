@@ -13,15 +13,16 @@ static uint64_t committed_in(const struct shmq *q, uint64_t pos, uint64_t end)
 {
     struct shmq_record r;
     uint64_t n = 0; /* a run is a batch at most */
-    while (n < SHMQ_MAX_BATCH && pos < end && shmq_ring_state(&q->ring, pos) == SHMQ_COMMITTED && shmq_ring_read(&q->ring, pos, end, &r)) {
+    while (n < SHMQ_MAX_BATCH && pos < end && shmq_ring_state(&q->ring, pos) == SHMQ_COMMITTED &&
+           shmq_ring_read(&q->ring, pos, end, &r)) {
         pos += shmq_record_size(r.len);
         n++;
     }
     return n;
 }
 
-/* Items that entries of H without an owner will deliver. False: one changed while we looked. An entry at or beyond get_pos
- * is void: its record still counts among those ahead. */
+/* Items that entries of H without an owner will deliver. False: one changed while we looked. An entry at or beyond
+ * get_pos is void: its record still counts among those ahead. */
 static bool given_back(const struct shmq *q, uint64_t get_pos, uint64_t *n)
 {
     *n = 0;
@@ -31,7 +32,8 @@ static bool given_back(const struct shmq *q, uint64_t get_pos, uint64_t *n)
         if (pos1 == 0 || pos1 > get_pos || shmq_hand_owner(e) != 0)
             continue;
         *n += committed_in(q, pos1 - 1, shmq_hand_end(e));
-        /* while it stands there, nobody writes to its records; that we have read them before this is the fence's work */
+        /* while it stands there, nobody writes to its records; that we have read them before this is the fence's work
+         */
         atomic_thread_fence(memory_order_acquire);
         if (shmq_hand_pos1(e) != pos1 || shmq_hand_owner(e) != 0)
             return false;

@@ -52,10 +52,7 @@ unsigned port_cpus(void)
     return (unsigned)CPU_COUNT(&set);
 }
 
-int port_random(void *out, size_t n)
-{
-    return getrandom(out, n, 0) == (ssize_t)n ? 0 : EIO;
-}
+int port_random(void *out, size_t n) { return getrandom(out, n, 0) == (ssize_t)n ? 0 : EIO; }
 
 int port_sleep(_Atomic uint32_t *word, uint32_t expected, uint64_t timeout_ns)
 {
@@ -152,7 +149,10 @@ bool port_is_to_look(int fd)
 static void folder_of(const char *path, char *out)
 {
     const char *slash = strrchr(path, '/');
-    snprintf(out, PATH_MAX, "%.*s", slash == NULL ? 1 : slash == path ? 1 : (int)(slash - path),
+    snprintf(out, PATH_MAX, "%.*s",
+             slash == NULL   ? 1
+             : slash == path ? 1
+                             : (int)(slash - path),
              slash == NULL ? "." : path);
 }
 
@@ -238,7 +238,8 @@ int port_first_locked(int fd, uint64_t from, uint64_t to, uint64_t *byte)
 {
     struct flock found = {0};
     *byte = UINT64_MAX;
-    for (uint64_t end = to; from <= end; end = (uint64_t)found.l_start - 1) { /* the kernel names any, we want the first */
+    for (uint64_t end = to; from <= end;
+         end = (uint64_t)found.l_start - 1) { /* the kernel names any, we want the first */
         int rc = ofd(fd, F_OFD_GETLK, F_WRLCK, from, end - from + 1, &found);
         if (rc != 0)
             return rc;

@@ -1,6 +1,6 @@
 /* queue.c - the parts put together: put, get, wait, sweep.
- * A critical section publishes by one store (side.h), what is in hand stands in a table (hands.c), and nobody ever holds
- * two locks. Each step says what a death there leaves. Waiting is bounded and ends in a look for the dead. */
+ * A critical section publishes by one store (side.h), what is in hand stands in a table (hands.c), and nobody ever
+ * holds two locks. Each step says what a death there leaves. Waiting is bounded and ends in a look for the dead. */
 #include "handle.h"
 
 #include <errno.h>
@@ -8,13 +8,13 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define LOCK_GRACE_NS UINT64_C(80000000)    /* a call that doesn't wait for items still waits so long for a lock: its \
-                                               owner may have been preempted, for some ticks of a busy machine */
-#define LOCK_SLICE_NS UINT64_C(50000000)    /* then it is time to look for signals */
-#define WAIT_NS UINT64_C(100000000)         /* a sleeper looks for itself so often */
-#define WAIT_IN_HAND_NS UINT64_C(20000000)  /* and so often while a record is in hand: its owner may be dead */
+/* A call that doesn't wait for items still waits so long for a lock: its owner may just have been preempted. */
+#define LOCK_GRACE_NS UINT64_C(80000000)
+#define LOCK_SLICE_NS UINT64_C(50000000)   /* then it is time to look for signals */
+#define WAIT_NS UINT64_C(100000000)        /* a sleeper looks for itself so often */
+#define WAIT_IN_HAND_NS UINT64_C(20000000) /* and so often while a record is in hand: its owner may be dead */
 #define SWEEP_EVERY_NS UINT64_C(10000000)
-#define SWEEP_LOCK_NS UINT64_C(2000000)     /* sweeping is nobody's duty: it doesn't wait long */
+#define SWEEP_LOCK_NS UINT64_C(2000000) /* sweeping is nobody's duty: it doesn't wait long */
 
 /* ---- calls and locks */
 
@@ -169,7 +169,8 @@ SHMQ_COLD static bool may_take(struct shmq *q)
         return true;
     for (uint32_t i = 0, top = shmq_hands_top(&q->claims); i < top; i++) {
         uint64_t pos1 = shmq_hand_pos1(&q->claims.entry[i]);
-        if (pos1 != 0 && shmq_hand_owner(&q->claims.entry[i]) == 0 && shmq_ring_state(&q->ring, pos1 - 1) == SHMQ_COMMITTED)
+        if (pos1 != 0 && shmq_hand_owner(&q->claims.entry[i]) == 0 &&
+            shmq_ring_state(&q->ring, pos1 - 1) == SHMQ_COMMITTED)
             return true;
     }
     return false;
@@ -217,8 +218,8 @@ struct shmq_out shmq_out(const struct shmq_part *parts, uint32_t n_parts, uint32
 }
 
 /* A big record: reserve under the lock, copy outside, commit. The lock is held on entry and not on return. */
-SHMQ_COLD static void put_reserved(struct shmq *q, const struct shmq_out *out, const struct shmq_record *record, int32_t hand,
-                         struct shmq_mark next)
+SHMQ_COLD static void put_reserved(struct shmq *q, const struct shmq_out *out, const struct shmq_record *record,
+                                   int32_t hand, struct shmq_mark next)
 {
     shmq_ring_begin(&q->ring, record, SHMQ_RESERVED);
     SHMQ_FAILPOINT("put:reserved"); /* dies here: the entry is void */
@@ -325,7 +326,8 @@ SHMQ_COLD static int32_t deliverable(struct shmq *q)
     for (uint32_t i = 0, top = shmq_hands_top(&q->claims); i < top; i++) {
         const struct shmq_hand_hdr *e = &q->claims.entry[i];
         uint64_t pos1 = shmq_hand_pos1(e);
-        if (pos1 == 0 || pos1 > lowest || shmq_hand_owner(e) != 0) /* not >=: garbage of all ones is for the caller to name */
+        if (pos1 == 0 || pos1 > lowest ||
+            shmq_hand_owner(e) != 0) /* not >=: garbage of all ones is for the caller to name */
             continue;
         uint8_t state = shmq_ring_state(&q->ring, pos1 - 1);
         if (state == SHMQ_ABANDONED) {
@@ -401,8 +403,9 @@ static int take_from_ring(struct shmq *q, uint64_t put_pos, struct shmq_mark mar
     return rc;
 }
 
-/* Take the oldest record. Caller holds the consuming lock, which is let go of, with a fence. put_pos is read before H is looked at, and
- * nothing at or beyond it is taken: else a record put after a passed reservation's commit could overtake it. */
+/* Take the oldest record. Caller holds the consuming lock, which is let go of, with a fence. put_pos is read before H
+ * is looked at, and nothing at or beyond it is taken: else a record put after a passed reservation's commit could
+ * overtake it. */
 static int get_locked(struct shmq *q, uint8_t *scratch, struct shmq_in *in)
 {
     struct shmq_mark mark = shmq_side_mark(shmq_side(q, SHMQ_CONSUMING));
@@ -443,8 +446,8 @@ static int get_batch_locked(struct shmq *q, struct shmq_in *in, uint32_t *n)
     if (shmq_hands_top(&q->claims) > 0 && (deliverable(q) >= 0 || shmq_hands_owned(&q->claims) >= SHMQ_H_CLAIMS))
         return SHMQ_EMPTY; /* those come first, one by one */
     for (; *n < want && mark.pos < put_pos; mark.count++) {
-        if (shmq_ring_state(&q->ring, mark.pos) != SHMQ_COMMITTED || !shmq_ring_read(&q->ring, mark.pos, put_pos, &r[*n]) ||
-            r[*n].len > SHMQ_SMALL)
+        if (shmq_ring_state(&q->ring, mark.pos) != SHMQ_COMMITTED ||
+            !shmq_ring_read(&q->ring, mark.pos, put_pos, &r[*n]) || r[*n].len > SHMQ_SMALL)
             break; /* shmq_get_try deals with it */
         mark.pos += shmq_record_size(r[(*n)++].len);
     }
@@ -602,7 +605,8 @@ static int wait_for_items(struct shmq *q, uint64_t seen, uint64_t deadline_ns)
     return rc;
 }
 
-SHMQ_COLD static int put_wait(struct shmq *q, const struct shmq_out *outs, uint32_t n, uint32_t *done, uint64_t deadline_ns)
+SHMQ_COLD static int put_wait(struct shmq *q, const struct shmq_out *outs, uint32_t n, uint32_t *done,
+                              uint64_t deadline_ns)
 {
     bool is_swept = false;
     for (;;) {
@@ -625,7 +629,8 @@ SHMQ_COLD static int put_wait(struct shmq *q, const struct shmq_out *outs, uint3
     }
 }
 
-SHMQ_COLD int shmq_put_wait(struct shmq *q, const struct shmq_out *outs, uint32_t n, uint32_t *done, uint64_t deadline_ns)
+SHMQ_COLD int shmq_put_wait(struct shmq *q, const struct shmq_out *outs, uint32_t n, uint32_t *done,
+                            uint64_t deadline_ns)
 {
     *done = 0;
     int rc = shmq_hold(q);

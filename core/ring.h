@@ -32,7 +32,8 @@ static inline uint8_t *shmq_ring_at(const struct shmq_ring *ring, uint64_t pos)
 }
 
 /* Write a record's header at pos. Caller holds the producing lock and has the room. */
-static inline void shmq_ring_begin(const struct shmq_ring *ring, const struct shmq_record *record, enum shmq_state state)
+static inline void shmq_ring_begin(const struct shmq_ring *ring, const struct shmq_record *record,
+                                   enum shmq_state state)
 {
     uint64_t word = (uint64_t)record->len << 32 | (uint64_t)record->method << 8 | (uint64_t)state;
     memcpy(shmq_ring_at(ring, record->pos), &word, sizeof word);

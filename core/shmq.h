@@ -14,25 +14,25 @@
 #define SHMQ_COLD __attribute__((cold)) /* off the way of a put or get that goes through at once */
 
 #define SHMQ_FOREVER UINT64_MAX
-#define SHMQ_MAX_LEN UINT32_MAX     /* bytes of one payload */
-#define SHMQ_SMALL 4096u            /* bytes; up to here payloads are copied inside the lock */
-#define SHMQ_ALIGN 64u              /* bytes; where aligned parts begin in the ring */
-#define SHMQ_MAX_BATCH 64u          /* records of one batch */
+#define SHMQ_MAX_LEN UINT32_MAX /* bytes of one payload */
+#define SHMQ_SMALL 4096u        /* bytes; up to here payloads are copied inside the lock */
+#define SHMQ_ALIGN 64u          /* bytes; where aligned parts begin in the ring */
+#define SHMQ_MAX_BATCH 64u      /* records of one batch */
 
 enum shmq_status {
     SHMQ_OK = 0,
-    SHMQ_FULL,      /* no room before the deadline; nothing changed */
-    SHMQ_EMPTY,     /* no record before the deadline; nothing changed */
-    SHMQ_TOO_BIG,   /* can never fit; nothing changed */
-    SHMQ_BUSY,      /* the side's lock is held by a live owner; nothing changed */
-    SHMQ_INTR,      /* a signal, or time to look for one; nothing changed: call again */
-    SHMQ_CLOSED,    /* the handle is closed, or closing */
-    SHMQ_FORKED,    /* the handle belongs to a parent process: shmq_adopt() first */
-    SHMQ_CORRUPT,   /* see shmq_fault(): a value in the segment can't be */
-    SHMQ_VERSION,   /* the segment has another format; see shmq_fault() */
-    SHMQ_SYSTEM,    /* see shmq_fault().error, an errno */
-    SHMQ_NO_SLOT,   /* all SHMQ_SLOTS attachments are in use */
-    SHMQ_GONE,      /* the segment was removed, so there is nothing to adopt */
+    SHMQ_FULL,    /* no room before the deadline; nothing changed */
+    SHMQ_EMPTY,   /* no record before the deadline; nothing changed */
+    SHMQ_TOO_BIG, /* can never fit; nothing changed */
+    SHMQ_BUSY,    /* the side's lock is held by a live owner; nothing changed */
+    SHMQ_INTR,    /* a signal, or time to look for one; nothing changed: call again */
+    SHMQ_CLOSED,  /* the handle is closed, or closing */
+    SHMQ_FORKED,  /* the handle belongs to a parent process: shmq_adopt() first */
+    SHMQ_CORRUPT, /* see shmq_fault(): a value in the segment can't be */
+    SHMQ_VERSION, /* the segment has another format; see shmq_fault() */
+    SHMQ_SYSTEM,  /* see shmq_fault().error, an errno */
+    SHMQ_NO_SLOT, /* all SHMQ_SLOTS attachments are in use */
+    SHMQ_GONE,    /* the segment was removed, so there is nothing to adopt */
 };
 
 struct shmq; /* one attachment */
@@ -137,14 +137,14 @@ int shmq_clear(struct shmq *q, uint64_t deadline_ns);
 
 /* ---- looking ------------------------------------------------------------------------------------------------ */
 
-int shmq_info(struct shmq *q, struct shmq_info *info);   /* one instant; takes no lock. OK | CORRUPT | ... */
-bool shmq_is_in_hand(const struct shmq *q);              /* may a record be in hand? */
+int shmq_info(struct shmq *q, struct shmq_info *info); /* one instant; takes no lock. OK | CORRUPT | ... */
+bool shmq_is_in_hand(const struct shmq *q);            /* may a record be in hand? */
 uint64_t shmq_capacity(const struct shmq *q);
-const uint8_t *shmq_uuid(const struct shmq *q);          /* 16 bytes */
-bool shmq_was_created(const struct shmq *q);             /* did shmq_open() create the segment? */
-int shmq_usable(const struct shmq *q);                   /* OK | CLOSED | FORKED */
+const uint8_t *shmq_uuid(const struct shmq *q); /* 16 bytes */
+bool shmq_was_created(const struct shmq *q);    /* did shmq_open() create the segment? */
+int shmq_usable(const struct shmq *q);          /* OK | CLOSED | FORKED */
 const struct shmq_fault *shmq_fault(const struct shmq *q);
-uint32_t shmq_lock_pid(const struct shmq *q, int side);  /* who holds the side's lock; 0: nobody */
+uint32_t shmq_lock_pid(const struct shmq *q, int side); /* who holds the side's lock; 0: nobody */
 
 /* Live attachments plus their manual references. add: for this attachment; drop: one of this attachment's, or
  * else of any live one. false: there was none. */

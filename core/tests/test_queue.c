@@ -151,13 +151,13 @@ static void test_queue_is_filled_to_the_byte(void)
         puts_ok(q, 1, 100);
         puts_ok(q, 2, PAGE - 108 - 8 - 8);
         CHECK_EQ(item_put(q, 3, 1, 0), SHMQ_FULL);
-        puts_ok(q, 3, 0);
+        CHECK_EQ(item_put(q, 3, 0, 0), SHMQ_OK);
         CHECK_EQ(in_use(), PAGE);
         CHECK_EQ(item_put(q, 4, 0, 0), SHMQ_FULL);
         for (uint32_t id = 1; id <= 3; id++)
             gets(q, id);
         is_empty();
-        puts_ok(q, 5, PAGE - 8); /* one item, all of it */
+        CHECK_EQ(item_put(q, 5, PAGE - 8, 0), SHMQ_OK); /* one item, all of it */
         CHECK_EQ(item_put(q, 6, 0, 0), SHMQ_FULL);
         gets(q, 5);
     }
@@ -648,6 +648,268 @@ static void test_sleeper_gets_what_another_gives_back(void)
     done();
 }
 
+/* ---- woken, and not just looking again after a while */
+
+#define WAKES 30
+
+static _Atomic uint32_t progress;
+
+static void *gets_and_counts(void *arg)
+{
+    for (uint32_t i = 0; i < WAKES; i++, progress++)
+        gets(q, i);
+    return arg;
+}
+
+static void *puts_and_counts(void *len)
+{
+    for (uint32_t i = 0; i < WAKES; i++, progress++)
+        puts_ok(q, i, (uintptr_t)len);
+    return NULL;
+}
+
+static bool is_getter_asleep(void) { return shmq_items_asleep(&q->seg->waiters); }
+static bool is_putter_asleep(void) { return shmq_room_wanted(&q->seg->waiters) != 0; }
+
+/* Let a thread fall asleep and wake it by `wake`, again and again. A sleeper that nobody wakes looks by itself after 20
+ * to 100 ms, so that it would take more than half a second in all. */
+static void wakes_soon(void *(*run)(void *), uintptr_t arg, bool (*is_asleep)(void), void (*wake)(uint32_t i))
+{
+    pthread_t thread;
+    uint64_t ns = 0;
+    progress = 0;
+    CHECK_EQ(pthread_create(&thread, NULL, run, (void *)arg), 0);
+    for (uint32_t i = 0; i < WAKES; i++) {
+        WAIT_FOR(progress == i && is_asleep());
+        usleep(500); /* asleep, too, not only about to */
+        uint64_t start = shmq_now_ns();
+        wake(i);
+        WAIT_FOR(progress == i + 1);
+        ns += shmq_now_ns() - start;
+    }
+    pthread_join(thread, NULL);
+    context("%d wakes took %" PRIu64 " ms", WAKES, ns / 1000000);
+    CHECK(ns < 450 * UINT64_C(1000000));
+}
+
+static void wake_by_put(uint32_t i) { CHECK_EQ(item_put(q, i, 10, 0), SHMQ_OK); }
+
+static void test_put_wakes_a_getter(void)
+{
+    q = attach(PAGE);
+    wakes_soon(gets_and_counts, 0, is_getter_asleep, wake_by_put);
+    is_empty();
+    done();
+}
+
+/* What the getter wants is in our hands first. */
+static void wake_by_giving_back(uint32_t i)
+{
+    struct shmq_in in;
+    uint32_t n = 1;
+    q->seg->waiters.items_asleep = 0; /* our own put must not wake it */
+    CHECK_EQ(item_put(q, i, 10, 0), SHMQ_OK);
+    CHECK_EQ(shmq_get_batch_try(q, &in, &n), SHMQ_OK);
+    q->seg->waiters.items_asleep = 1;
+    usleep(300);
+    shmq_give_back_from(q, in.hand, in.pos);
+}
+
+static void test_giving_back_wakes_a_getter(void)
+{
+    q = attach(PAGE);
+    wakes_soon(gets_and_counts, 0, is_getter_asleep, wake_by_giving_back);
+    is_empty();
+    done();
+}
+
+static void wake_by_get(uint32_t i) { gets(q, i == 0 ? 1000 : i - 1); }
+
+static void test_get_wakes_a_putter(void)
+{
+    q = attach(PAGE);
+    puts_ok(q, 1000, PAGE - 8);
+    wakes_soon(puts_and_counts, PAGE - 8, is_putter_asleep, wake_by_get);
+    gets(q, WAKES - 1);
+    is_empty();
+    done();
+}
+
+static struct shmq_in held;
+
+static void wake_by_release(uint32_t i)
+{
+    item_accept(q, &held);
+    WAIT_FOR(progress == i + 1);
+    held = claim(i);
+}
+
+static void test_release_wakes_a_putter(void)
+{
+    q = attach(2 * PAGE);
+    puts_ok(q, 1000, BIG);
+    held = claim(1000);
+    wakes_soon(puts_and_counts, BIG, is_putter_asleep, wake_by_release);
+    item_accept(q, &held);
+    is_empty();
+    done();
+}
+
+static void wake_by_clear(uint32_t i)
+{
+    (void)i;
+    CHECK_EQ(shmq_clear(q, in_ms(STATE_MS)), SHMQ_OK);
+}
+
+static void test_clear_wakes_a_putter(void)
+{
+    q = attach(PAGE);
+    puts_ok(q, 1000, PAGE - 8);
+    wakes_soon(puts_and_counts, PAGE - 8, is_putter_asleep, wake_by_clear);
+    gets(q, WAKES - 1);
+    done();
+}
+
+/* ---- what comes between looking and falling asleep */
+
+static struct shmq *other;
+
+/* Right after the lock was let go of, the queue having been found empty or full. */
+static void change_after_looking(const char *name)
+{
+    if (strcmp(name, "lock:unlocked") != 0)
+        return;
+    disarm();
+    uint8_t scratch[SHMQ_SMALL];
+    struct shmq_in in;
+    struct shmq_info now;
+    CHECK_EQ(shmq_info(other, &now), SHMQ_OK);
+    if (now.qsize == 0)
+        CHECK_EQ(item_put(other, 5, 10, 0), SHMQ_OK);
+    else
+        CHECK_EQ(shmq_get_try(other, scratch, &in), SHMQ_OK);
+}
+
+static void look_with_a_change(int side)
+{
+    shmq_side(q, side)->lock = shmq_owner_of(1, 300); /* a dead one's: who takes it over wakes others at its end */
+    check->plan.on_hit = change_after_looking;
+    q->may_spin = false;
+    arm();
+}
+
+static void test_change_right_before_falling_asleep_is_seen(void)
+{
+    uint8_t scratch[SHMQ_SMALL] = {0};
+    struct shmq_in in;
+    struct shmq_part part = {scratch, 100};
+    struct shmq_out out = shmq_out(&part, 1, 7, false);
+    uint32_t n;
+    q = attach(PAGE);
+    other = attach(PAGE);
+    look_with_a_change(SHMQ_CONSUMING);
+    CHECK_EQ(shmq_get_wait(q, scratch, &in, SHMQ_FOREVER), SHMQ_OK); /* INTR: it has slept, and nobody woke it */
+    CHECK_EQ(in.method, 5);
+    puts_ok(q, 6, SHMQ_SMALL - 8);
+    look_with_a_change(SHMQ_PRODUCING);
+    CHECK_EQ(shmq_put_wait(q, &out, 1, &n, SHMQ_FOREVER), SHMQ_OK);
+    CHECK_EQ(shmq_get_try(q, scratch, &in), SHMQ_OK);
+    CHECK_EQ(in.method, 7);
+    shmq_free(other);
+    is_empty();
+    done();
+}
+
+/* The same on all distances between a sleeper that looks and a producer that puts, without sleeping. */
+#define MEETINGS 50000u
+
+static _Atomic uint32_t turn, answered;
+
+static void *put_at_each_turn(void *arg)
+{
+    struct shmq_part part = {"x", 1};
+    struct shmq_out out = shmq_out(&part, 1, 0, false);
+    uint32_t n;
+    for (uint32_t i = 1; i <= MEETINGS; i++) {
+        while (atomic_load_explicit(&turn, memory_order_acquire) != i)
+            port_pause();
+        CHECK_EQ(shmq_put_try(q, &out, 1, &n), SHMQ_OK);
+        atomic_store_explicit(&answered, i, memory_order_release);
+    }
+    return arg;
+}
+
+static void test_who_looks_before_sleeping_and_who_puts_never_miss_each_other(void)
+{
+    uint8_t scratch[SHMQ_SMALL];
+    struct shmq_in in;
+    struct shmq_mark mark;
+    pthread_t thread;
+    q = attach(PAGE);
+    struct shmq_waiters_hdr *w = &q->seg->waiters;
+    CHECK_EQ(pthread_create(&thread, NULL, put_at_each_turn, NULL), 0);
+    for (uint32_t i = 1; i <= MEETINGS; i++) {
+        uint64_t seq;
+        w->items_asleep = 0;
+        uint32_t before = w->items;
+        atomic_store_explicit(&turn, i, memory_order_release);
+        for (uint32_t k = i % 128; k > 0; k--)
+            port_pause();
+        uint32_t key = shmq_items_begin(w);
+        CHECK(shmq_side_read(shmq_side(q, SHMQ_PRODUCING), &mark, &seq));
+        while (atomic_load_explicit(&answered, memory_order_acquire) != i)
+            sched_yield();
+        CHECK(mark.count == i || w->items != key || key != before);
+        CHECK_EQ(shmq_get_try(q, scratch, &in), SHMQ_OK);
+    }
+    pthread_join(thread, NULL);
+    is_empty();
+    done();
+}
+
+/* ---- room is used again at once */
+
+/* Fill all room there is, at every step of another's get. */
+static void use_all_room(const char *name)
+{
+    static uint8_t bytes[16];
+    struct shmq_part part = {bytes, sizeof bytes};
+    struct shmq_out out = shmq_out(&part, 1, 0, false);
+    uint32_t n;
+    (void)name;
+    disarm();
+    memset(bytes, 0xee, sizeof bytes);
+    while (shmq_put_try(other, &out, 1, &n) == SHMQ_OK)
+        ;
+    arm();
+}
+
+static void test_what_was_taken_stays_whole_while_its_room_is_used_again(void)
+{
+    uint8_t scratch[SHMQ_SMALL];
+    struct shmq_in in[3];
+    uint32_t n = 3;
+    q = attach(4 * PAGE);
+    other = attach(PAGE);
+    for (uint32_t id = 1; id <= 4; id++)
+        puts_ok(q, id, 200);
+    puts_ok(q, 5, BIG);
+    CHECK_EQ(claim_batch(in, n, 1), 3);
+    shmq_give_back_from(q, in[0].hand, in[0].pos);
+    check->plan.on_hit = use_all_room;
+    arm();
+    for (uint32_t id = 1; id <= 5; id++) { /* out of H, out of the ring, and in hand */
+        CHECK_EQ(shmq_get_try(q, scratch, in), SHMQ_OK);
+        CHECK_EQ(in->method, id);
+        item_check(in->payload, id, id == 5 ? BIG : 200);
+    }
+    disarm();
+    shmq_release(q, in->hand);
+    CHECK_EQ(broken_invariants(q), 0);
+    shmq_free(other);
+    shmq_free(q);
+}
+
 /* ---- closing */
 
 static void *waits_until_closed(void *arg)
@@ -669,7 +931,7 @@ static void *waits_until_closed(void *arg)
 
 static void test_close_ends_the_calls_of_other_threads(void)
 {
-    struct shmq *other = attach(PAGE);
+    other = attach(PAGE);
     struct worker w[4] = {{.id = 0}, {.id = 0}, {.id = 1, .len = 4000}, {.id = 1, .len = 3000}};
     for (int round = 0; round < 2; round++) { /* an empty queue, then a full one */
         q = attach(PAGE);
@@ -688,6 +950,28 @@ static void test_close_ends_the_calls_of_other_threads(void)
     shmq_free(other);
 }
 
+static void test_close_wakes_who_waits(void)
+{
+    other = attach(PAGE);
+    uint64_t ns = 0;
+    for (uint32_t round = 0; round < 12; round++) {
+        struct worker w = {.id = round % 2, .len = 3000};
+        q = attach(PAGE);
+        start_worker(&w, waits_until_closed);
+        WAIT_FOR(round % 2 ? is_putter_asleep() : is_getter_asleep());
+        usleep(500);
+        uint64_t start = shmq_now_ns();
+        CHECK_EQ(shmq_close(q, false), SHMQ_OK);
+        pthread_join(w.thread, NULL);
+        ns += shmq_now_ns() - start;
+        shmq_free(q);
+        CHECK_EQ(shmq_clear(other, in_ms(STATE_MS)), SHMQ_OK);
+    }
+    context("%" PRIu64 " ms for all", ns / 1000000);
+    CHECK(ns < 250 * UINT64_C(1000000));
+    shmq_free(other);
+}
+
 static void *gets_for_moments(void *arg)
 {
     struct worker *w = arg;
@@ -703,7 +987,7 @@ static void *gets_for_moments(void *arg)
 
 static void test_close_and_calls_that_come_and_go_never_meet_an_unmapped_segment(void)
 {
-    struct shmq *other = attach(PAGE);
+    other = attach(PAGE);
     for (uint32_t round = 0; round < 400; round++) {
         struct worker w[3];
         q = attach(PAGE);
@@ -724,7 +1008,7 @@ static void test_close_and_calls_that_come_and_go_never_meet_an_unmapped_segment
 
 static void test_who_holds_the_handle_keeps_its_slot_and_memory(void)
 {
-    struct shmq *other = attach(4 * PAGE);
+    other = attach(4 * PAGE);
     q = attach(4 * PAGE);
     puts_ok(other, 1, BIG);
     CHECK_EQ(shmq_hold(q), SHMQ_OK);
@@ -878,6 +1162,45 @@ static void test_items_of_each_producer_keep_their_order_past_reservations(void)
     done();
 }
 
+/* The consumer is stopped at any instruction, again and again, and finds more changed than it could in running. */
+static void gets_in_order(void *arg)
+{
+    uint8_t scratch[SHMQ_SMALL];
+    struct shmq_in in;
+    uint32_t next[2] = {0, ORDERED}, n = 0;
+    (void)arg;
+    struct shmq *mine = attach(PAGE);
+    while (n < 2 * ORDERED) {
+        if (shmq_get_try(mine, scratch, &in) != SHMQ_OK)
+            continue; /* awake, so that it's stopped in the middle */
+        uint32_t id = item_accept(mine, &in);
+        CHECK_EQ(id, next[id / ORDERED]++);
+        n++;
+    }
+    shmq_free(mine);
+}
+
+static void test_order_is_kept_though_the_consumer_is_stopped_now_and_then(void)
+{
+    pid_t producers[2], consumer;
+    int status;
+    q = attach(64 * PAGE);
+    consumer = start_child(gets_in_order, NULL);
+    for (uint32_t i = 0; i < 2; i++)
+        producers[i] = start_child(puts_in_order, (void *)(uintptr_t)(i * ORDERED));
+    while (waitpid(consumer, &status, WNOHANG) == 0) {
+        kill(consumer, SIGSTOP);
+        usleep(100);
+        kill(consumer, SIGCONT);
+        usleep(50);
+    }
+    CHECK_EQ(status, 0);
+    for (int i = 0; i < 2; i++)
+        child_ends_well(producers[i]);
+    is_empty();
+    done();
+}
+
 static const struct test tests[] = {
     TEST(test_items_of_all_sizes_come_whole_and_in_order_through_every_wrap),
     TEST(test_big_items_wrap_too),
@@ -905,12 +1228,22 @@ static const struct test tests[] = {
     TEST(test_put_waits_until_a_consumer_frees_room),
     TEST(test_put_waits_until_a_claim_is_let_go),
     TEST(test_sleeper_gets_what_another_gives_back),
+    TEST(test_put_wakes_a_getter),
+    TEST(test_giving_back_wakes_a_getter),
+    TEST(test_get_wakes_a_putter),
+    TEST(test_release_wakes_a_putter),
+    TEST(test_clear_wakes_a_putter),
+    TEST(test_change_right_before_falling_asleep_is_seen),
+    TEST(test_who_looks_before_sleeping_and_who_puts_never_miss_each_other),
+    TEST(test_what_was_taken_stays_whole_while_its_room_is_used_again),
     TEST(test_close_ends_the_calls_of_other_threads),
+    TEST(test_close_wakes_who_waits),
     TEST(test_close_and_calls_that_come_and_go_never_meet_an_unmapped_segment),
     TEST(test_who_holds_the_handle_keeps_its_slot_and_memory),
     TEST(test_leaving_now_unlinks_though_calls_are_inside),
     TEST(test_threads_of_one_handle_get_every_item_once),
     TEST(test_threads_with_handles_of_their_own_get_every_item_once),
     TEST(test_items_of_each_producer_keep_their_order_past_reservations),
+    TEST(test_order_is_kept_though_the_consumer_is_stopped_now_and_then),
 };
 RUN_TESTS(tests)

@@ -16,8 +16,7 @@ struct callable {
 /* A handle. Policy and messages live in the Python class that inherits from it (queue.py): `_encode`, `_decode`,
  * `_failed`, `_seconds`. */
 struct handle {
-    PyObject_HEAD
-    struct shmq *q;
+    PyObject_HEAD struct shmq *q;
     struct callable pack;   /* pack(data, None, pack_options) -> bytes, or raises */
     struct callable unpack; /* unpack(bytes or bytearray) -> object, or raises */
     PyObject *pack_options;

@@ -108,8 +108,7 @@ int codec_encode(struct handle *self, PyObject *data, PyObject *method, struct e
         PyObject *args[] = {data, Py_None, self->pack_options};
         e->owner = call(&self->pack, args, 3);
         if (e->owner != NULL) {
-            e->inline_parts[0] =
-                (struct shmq_part){PyBytes_AS_STRING(e->owner), (size_t)PyBytes_GET_SIZE(e->owner)};
+            e->inline_parts[0] = (struct shmq_part){PyBytes_AS_STRING(e->owner), (size_t)PyBytes_GET_SIZE(e->owner)};
             e->out = shmq_out(e->inline_parts, 1, METHOD_MSGPACK, false);
             return 0;
         }
@@ -141,8 +140,7 @@ static void copy(void *to, const void *from, size_t n)
         memcpy(to, from, n);
         return;
     }
-    Py_BEGIN_ALLOW_THREADS
-    memcpy(to, from, n);
+    Py_BEGIN_ALLOW_THREADS memcpy(to, from, n);
     Py_END_ALLOW_THREADS
 }
 

@@ -4,6 +4,8 @@
 
 #include <Python.h>
 
+/* clang-format off */
+
 PyDoc_STRVAR(put_doc,
 "put($self, data, block=True, timeout=None, serialization_method=0)\n--\n\n"
 "Put an item at the end of the queue.\n\n"

@@ -4,9 +4,9 @@
 #include "binding.h"
 #include "docs.h"
 
-#define BIG_PUT (64 * 1024)       /* bytes; from here on the GIL is worth releasing */
-#define BATCH_BYTES (64 * 1024)   /* payload bytes after which a batch is sent off */
-#define LOOK_NS UINT64_C(2000000000)  /* how long clear() and check() wait for a lock */
+#define BIG_PUT (64 * 1024)          /* bytes; from here on the GIL is worth releasing */
+#define BATCH_BYTES (64 * 1024)      /* payload bytes after which a batch is sent off */
+#define LOOK_NS UINT64_C(2000000000) /* how long clear() and check() wait for a lock */
 
 #define NO_ITEM -1
 
@@ -85,8 +85,10 @@ static int parse(const char *method, const char *const *names, Py_ssize_t n, Py_
         while (i < n && PyUnicode_CompareWithASCIIString(name, names[i]) != 0)
             i++;
         if (i == n || values[i] != NULL) {
-            PyErr_Format(PyExc_TypeError, i == n ? "%s() got an unexpected keyword argument '%U'"
-                                                 : "%s() got multiple values for argument '%U'", method, name);
+            PyErr_Format(PyExc_TypeError,
+                         i == n ? "%s() got an unexpected keyword argument '%U'"
+                                : "%s() got multiple values for argument '%U'",
+                         method, name);
             return -1;
         }
         values[i] = args[nargs + k];
@@ -114,11 +116,8 @@ static int put_out(struct handle *self, const struct shmq_out *outs, uint32_t n,
             return -1;
         if (*deadline == UNKNOWN)
             *deadline = deadline_of(w);
-        Py_BEGIN_ALLOW_THREADS
-        rc = shmq_put_wait(self->q, outs, n, done, *deadline);
-        Py_END_ALLOW_THREADS
-        if (rc == SHMQ_FULL || rc == SHMQ_BUSY)
-            break; /* the deadline has passed */
+        Py_BEGIN_ALLOW_THREADS rc = shmq_put_wait(self->q, outs, n, done, *deadline);
+        Py_END_ALLOW_THREADS if (rc == SHMQ_FULL || rc == SHMQ_BUSY) break; /* the deadline has passed */
     }
     return rc;
 }
@@ -181,7 +180,8 @@ static void drop_first(struct batch *b, uint32_t n)
 }
 
 /* Send the whole batch off. On return b->n items from `*sent` on are still there. A status, or -1. */
-SHMQ_COLD static int send_batch(struct handle *self, struct batch *b, uint32_t *sent, const struct wait *w, uint64_t *deadline)
+SHMQ_COLD static int send_batch(struct handle *self, struct batch *b, uint32_t *sent, const struct wait *w,
+                                uint64_t *deadline)
 {
     int rc = SHMQ_OK;
     *sent = 0;
@@ -286,7 +286,8 @@ static PyObject *handle_put_many(struct handle *self, PyObject *const *args, Py_
     uint64_t deadline;
     Py_ssize_t accepted = 0;
     int more = 0;
-    if (parse("put_many", names, 4, 1, args, nargs, kwnames, v) < 0 || parse_wait(self, v[1], v[2], &w) < 0 || ready(self) < 0)
+    if (parse("put_many", names, 4, 1, args, nargs, kwnames, v) < 0 || parse_wait(self, v[1], v[2], &w) < 0 ||
+        ready(self) < 0)
         return NULL;
     PyObject *iterator = PyObject_GetIter(v[0]);
     struct batch *b = iterator ? PyMem_Malloc(sizeof *b) : NULL;
@@ -316,16 +317,13 @@ static int take(struct handle *self, uint8_t *scratch, struct shmq_in *in, const
             return -1;
         if (*deadline == UNKNOWN)
             *deadline = deadline_of(w);
-        Py_BEGIN_ALLOW_THREADS
-        rc = shmq_hold(self->q);
+        Py_BEGIN_ALLOW_THREADS rc = shmq_hold(self->q);
         if (rc == SHMQ_OK) {
             rc = shmq_get_wait(self->q, scratch, in, *deadline);
             if (rc != SHMQ_OK || in->hand < 0)
                 shmq_let_go(self->q);
         }
-        Py_END_ALLOW_THREADS
-        if (rc == SHMQ_EMPTY || rc == SHMQ_BUSY)
-            break; /* the deadline has passed */
+        Py_END_ALLOW_THREADS if (rc == SHMQ_EMPTY || rc == SHMQ_BUSY) break; /* the deadline has passed */
     }
     return rc;
 }
@@ -550,7 +548,8 @@ static PyObject *handle_get_many(struct handle *self, PyObject *const *args, Py_
     PyObject *v[3];
     struct wait w;
     Py_ssize_t max = 0;
-    if (parse("get_many", names, 3, 0, args, nargs, kwnames, v) < 0 || parse_wait(self, v[1], v[2], &w) < 0 || ready(self) < 0)
+    if (parse("get_many", names, 3, 0, args, nargs, kwnames, v) < 0 || parse_wait(self, v[1], v[2], &w) < 0 ||
+        ready(self) < 0)
         return NULL;
     if (v[0] != NULL && v[0] != Py_None) {
         PyObject *checked = PyObject_CallMethod((PyObject *)self, "_max_items", "O", v[0]);
@@ -622,11 +621,8 @@ static PyObject *handle_clear(struct handle *self, PyObject *Py_UNUSED(none))
     if (ready(self) < 0)
         return NULL;
     do {
-        Py_BEGIN_ALLOW_THREADS
-        rc = shmq_clear(self->q, deadline);
-        Py_END_ALLOW_THREADS
-        if (rc == SHMQ_INTR && PyErr_CheckSignals() < 0)
-            return NULL;
+        Py_BEGIN_ALLOW_THREADS rc = shmq_clear(self->q, deadline);
+        Py_END_ALLOW_THREADS if (rc == SHMQ_INTR && PyErr_CheckSignals() < 0) return NULL;
     } while (rc == SHMQ_INTR);
     if (rc != SHMQ_OK)
         return fail(self, rc, NO_ITEM, NULL);
@@ -690,11 +686,8 @@ static PyObject *handle_check(struct handle *self, PyObject *Py_UNUSED(none))
         return NULL;
     do {
         r.used = 0;
-        Py_BEGIN_ALLOW_THREADS
-        rc = shmq_check(self->q, collect, &r, deadline);
-        Py_END_ALLOW_THREADS
-        if (rc == SHMQ_INTR && PyErr_CheckSignals() < 0)
-            return NULL;
+        Py_BEGIN_ALLOW_THREADS rc = shmq_check(self->q, collect, &r, deadline);
+        Py_END_ALLOW_THREADS if (rc == SHMQ_INTR && PyErr_CheckSignals() < 0) return NULL;
     } while (rc == SHMQ_INTR);
     if (rc != SHMQ_OK)
         return fail(self, rc, NO_ITEM, NULL);
@@ -718,14 +711,12 @@ static PyObject *handle_attach(struct handle *self, PyObject *args)
         PyErr_SetString(PyExc_RuntimeError, "already attached");
         return NULL;
     }
-    Py_BEGIN_ALLOW_THREADS
-    rc = shmq_open(&self->q, path, capacity, mode, &fault);
-    Py_END_ALLOW_THREADS
-    self->pack = codec_callable(pack);
+    Py_BEGIN_ALLOW_THREADS rc = shmq_open(&self->q, path, capacity, mode, &fault);
+    Py_END_ALLOW_THREADS self->pack = codec_callable(pack);
     self->pack_options = Py_NewRef(pack_options);
     self->unpack = codec_callable(unpack);
-    return Py_BuildValue("(iO(sKKi))", rc, self->q != NULL && shmq_was_created(self->q) ? Py_True : Py_False, fault.what,
-                         (unsigned long long)fault.found, (unsigned long long)fault.allowed, fault.error);
+    return Py_BuildValue("(iO(sKKi))", rc, self->q != NULL && shmq_was_created(self->q) ? Py_True : Py_False,
+                         fault.what, (unsigned long long)fault.found, (unsigned long long)fault.allowed, fault.error);
 }
 
 static PyObject *handle_fault(struct handle *self, PyObject *Py_UNUSED(none))
@@ -733,7 +724,8 @@ static PyObject *handle_fault(struct handle *self, PyObject *Py_UNUSED(none))
     struct shmq_fault fault = {0};
     if (self->q != NULL)
         fault = *shmq_fault(self->q);
-    return Py_BuildValue("(sKKi)", fault.what, (unsigned long long)fault.found, (unsigned long long)fault.allowed, fault.error);
+    return Py_BuildValue("(sKKi)", fault.what, (unsigned long long)fault.found, (unsigned long long)fault.allowed,
+                         fault.error);
 }
 
 /* _close(now: bool) -> status */
@@ -743,8 +735,7 @@ static PyObject *handle_close(struct handle *self, PyObject *now)
     if (is_now < 0)
         return NULL;
     if (self->q != NULL && shmq_close_begin(self->q)) { /* with the GIL held, so that no `_try` call is inside */
-        Py_BEGIN_ALLOW_THREADS
-        rc = shmq_close_end(self->q, is_now);
+        Py_BEGIN_ALLOW_THREADS rc = shmq_close_end(self->q, is_now);
         Py_END_ALLOW_THREADS
     }
     return PyLong_FromLong(rc);
@@ -776,7 +767,10 @@ static PyObject *for_each_handle(PyObject *handles, void (*step)(struct shmq *q)
 static void before(struct shmq *q) { shmq_fork_before(q); }
 static void in_child(struct shmq *q) { shmq_fork_child(q); } /* where it fails, the first call attaches */
 
-PyObject *handles_before_fork(PyObject *Py_UNUSED(module), PyObject *handles) { return for_each_handle(handles, before); }
+PyObject *handles_before_fork(PyObject *Py_UNUSED(module), PyObject *handles)
+{
+    return for_each_handle(handles, before);
+}
 
 PyObject *handles_after_fork_in_parent(PyObject *Py_UNUSED(module), PyObject *handles)
 {

@@ -7,9 +7,9 @@ static int add_status_codes(PyObject *module)
         const char *name;
         int value;
     } codes[] = {
-        {"OK", SHMQ_OK},           {"FULL", SHMQ_FULL},       {"EMPTY", SHMQ_EMPTY},     {"TOO_BIG", SHMQ_TOO_BIG},
-        {"BUSY", SHMQ_BUSY},       {"INTR", SHMQ_INTR},       {"CLOSED", SHMQ_CLOSED},   {"FORKED", SHMQ_FORKED},
-        {"CORRUPT", SHMQ_CORRUPT}, {"VERSION", SHMQ_VERSION}, {"SYSTEM", SHMQ_SYSTEM},   {"NO_SLOT", SHMQ_NO_SLOT},
+        {"OK", SHMQ_OK},           {"FULL", SHMQ_FULL},       {"EMPTY", SHMQ_EMPTY},   {"TOO_BIG", SHMQ_TOO_BIG},
+        {"BUSY", SHMQ_BUSY},       {"INTR", SHMQ_INTR},       {"CLOSED", SHMQ_CLOSED}, {"FORKED", SHMQ_FORKED},
+        {"CORRUPT", SHMQ_CORRUPT}, {"VERSION", SHMQ_VERSION}, {"SYSTEM", SHMQ_SYSTEM}, {"NO_SLOT", SHMQ_NO_SLOT},
         {"GONE", SHMQ_GONE},
     };
     for (size_t i = 0; i < sizeof codes / sizeof *codes; i++)
@@ -39,11 +39,8 @@ static PyMethodDef functions[] = {
 static PyModuleDef_Slot slots[] = {{Py_mod_exec, exec}, {0, NULL}};
 
 static struct PyModuleDef definition = {
-    PyModuleDef_HEAD_INIT,
-    .m_name = "shmqueue._core",
-    .m_doc = "The binding to the core; see shmqueue.queue.",
-    .m_methods = functions,
-    .m_slots = slots,
+    PyModuleDef_HEAD_INIT,  .m_name = "shmqueue._core", .m_doc = "The binding to the core; see shmqueue.queue.",
+    .m_methods = functions, .m_slots = slots,
 };
 
 PyMODINIT_FUNC PyInit__core(void) { return PyModuleDef_Init(&definition); }
