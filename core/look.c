@@ -11,11 +11,12 @@
 /* Records of [pos, end) that are committed: what an entry of H without an owner will deliver. */
 static uint64_t committed_in(const struct shmq *q, uint64_t pos, uint64_t end)
 {
-    struct shmq_record r;
     uint64_t n = 0; /* a run is a batch at most */
-    while (n < SHMQ_MAX_BATCH && pos < end && shmq_ring_state(&q->ring, pos) == SHMQ_COMMITTED &&
-           shmq_ring_read(&q->ring, pos, end, &r)) {
-        pos += shmq_record_size(r.len);
+    while (n < SHMQ_MAX_BATCH && pos < end) {
+        uint64_t word = shmq_ring_peek(&q->ring, pos);
+        if ((word & 0xff) != SHMQ_COMMITTED)
+            break;
+        pos += shmq_record_size(word >> 32);
         n++;
     }
     return n;
@@ -47,7 +48,7 @@ static uint64_t not_items(const struct shmq *q, uint64_t get_pos, uint64_t put_p
     uint64_t n = 0;
     for (uint32_t i = 0, top = shmq_hands_top(&q->reservations); i < top; i++) {
         uint64_t pos = shmq_hand_pos1(&q->reservations.entry[i]) - 1;
-        n += pos >= get_pos && pos < put_pos && shmq_ring_state(&q->ring, pos) != SHMQ_COMMITTED;
+        n += pos >= get_pos && pos < put_pos && (shmq_ring_peek(&q->ring, pos) & 0xff) != SHMQ_COMMITTED;
     }
     return n;
 }

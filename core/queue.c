@@ -170,7 +170,7 @@ SHMQ_COLD static bool may_take(struct shmq *q)
     for (uint32_t i = 0, top = shmq_hands_top(&q->claims); i < top; i++) {
         uint64_t pos1 = shmq_hand_pos1(&q->claims.entry[i]);
         if (pos1 != 0 && shmq_hand_owner(&q->claims.entry[i]) == 0 &&
-            shmq_ring_state(&q->ring, pos1 - 1) == SHMQ_COMMITTED)
+            (shmq_ring_peek(&q->ring, pos1 - 1) & 0xff) == SHMQ_COMMITTED)
             return true;
     }
     return false;

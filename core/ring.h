@@ -68,6 +68,10 @@ static inline uint8_t *shmq_ring_payload(const struct shmq_ring *ring, uint64_t 
     return shmq_ring_at(ring, pos) + SHMQ_RECORD_HDR;
 }
 
+/* The header word at pos (layout.h), for who holds nothing and afterwards looks whether what it saw was still so:
+ * the bytes may be somebody's payload by now, and being written. */
+uint64_t shmq_ring_peek(const struct shmq_ring *ring, uint64_t pos);
+
 /* Copy a payload to the record at pos. The bytes are the caller's: beyond put_pos, or reserved. */
 void shmq_ring_fill(const struct shmq_ring *ring, uint64_t pos, const struct shmq_out *out);
 

@@ -418,7 +418,7 @@ def test_a_fork_inside_a_deserializer_leaves_the_batch_to_the_parent(queue_name:
         q.custom_serialize(lambda _, data: data)
         q.custom_deserialize(fork_once)
         q.put_many([b"a", b"b", b"c"], serialization_method=method)
-        got = q.get_many()
+        got = q.get_many(3)  # one batch; without a number it begins with a batch of one
         if pids == [0]:  # the child: whatever it got, it must not end the parent's batch, and can go on
             os._exit(0 if got[0] == b"a" and q.refs == 2 else 1)
         assert got == [b"a", b"b", b"c"]
