@@ -88,8 +88,10 @@ static uint64_t earlier(uint64_t a, uint64_t b) { return a < b ? a : b; }
 
 int shmq_enter_side_by(struct shmq *q, int side, uint64_t deadline_ns)
 {
-    uint64_t now = shmq_now_ns(), base = deadline_ns != 0 ? deadline_ns : now;
-    uint64_t limit = base < SHMQ_FOREVER - LOCK_GRACE_NS ? base + LOCK_GRACE_NS : SHMQ_FOREVER;
+    uint64_t now = shmq_now_ns();
+    uint64_t limit = deadline_ns < SHMQ_FOREVER - LOCK_GRACE_NS ? deadline_ns + LOCK_GRACE_NS : SHMQ_FOREVER;
+    if (deadline_ns == 0) /* all in one: a retry after INTR wouldn't know how long was waited before */
+        return shmq_enter_side(q, side, now + LOCK_GRACE_NS);
     int rc = shmq_enter_side(q, side, earlier(limit, now + LOCK_SLICE_NS));
     return rc == SHMQ_BUSY && shmq_now_ns() < limit ? SHMQ_INTR : rc;
 }
