@@ -1,6 +1,6 @@
-/* check.h - what the C tests share: CHECK, waiting for a state, children that die or stop at a failpoint, items in which
- * a tear shows, and a runner that gives each test a process of its own, so that a crash or a hang fails one test and leaves
- * nothing behind. Include it first. A test program's arguments choose tests by parts of their names. */
+/* check.h - what the C tests share: CHECK, waiting for a state, children that die or stop at a failpoint, items in
+ * which a tear shows, and a runner that gives each test a process of its own, so that a crash or a hang fails one test
+ * and leaves nothing behind. Include it first. A test program's arguments choose tests by parts of their names. */
 #ifndef SHMQ_CHECK_H
 #define SHMQ_CHECK_H
 
@@ -27,8 +27,8 @@
 #include "failpoint.h"
 #include "handle.h"
 
-#define LIMIT_S 200   /* for one test: a hang is a failure */
-#define STATE_MS 20000 /* for a state to come about; what is waited for takes milliseconds, the rest is for busy machines */
+#define LIMIT_S 200    /* for one test: a hang is a failure */
+#define STATE_MS 20000 /* for a state to come about: it takes milliseconds, the rest is for busy machines */
 
 /* Shared with all children of a test. */
 struct check {
@@ -66,20 +66,20 @@ _Noreturn static inline void check_failed(const char *file, int line, const char
 }
 
 #define CHECK(fact) ((fact) ? (void)0 : check_failed(__FILE__, __LINE__, #fact, 0, 0))
-#define CHECK_EQ(a, b)                                                                          \
-    do {                                                                                        \
-        intmax_t a_ = (intmax_t)(a), b_ = (intmax_t)(b);                                        \
-        if (a_ != b_)                                                                           \
-            check_failed(__FILE__, __LINE__, #a " == " #b, a_, b_);                             \
+#define CHECK_EQ(a, b)                                                                                                 \
+    do {                                                                                                               \
+        intmax_t a_ = (intmax_t)(a), b_ = (intmax_t)(b);                                                               \
+        if (a_ != b_)                                                                                                  \
+            check_failed(__FILE__, __LINE__, #a " == " #b, a_, b_);                                                    \
     } while (0)
 
 static inline uint64_t in_ms(uint64_t ms) { return shmq_now_ns() + ms * 1000000u; }
 static inline void pause_ms(unsigned ms) { usleep(ms * 1000); }
 
 /* Wait until a fact holds. */
-#define WAIT_FOR(fact)                                                                          \
-    for (uint64_t until_ = in_ms(STATE_MS); !(fact); usleep(100))                               \
-        if (shmq_now_ns() > until_)                                                             \
+#define WAIT_FOR(fact)                                                                                                 \
+    for (uint64_t until_ = in_ms(STATE_MS); !(fact); usleep(100))                                                      \
+        if (shmq_now_ns() > until_)                                                                                    \
     check_failed(__FILE__, __LINE__, "never came about: " #fact, 0, 0)
 
 /* ---- children */
@@ -182,8 +182,8 @@ static inline bool was_killed_at(const char *name)
     return false;
 }
 
-/* Start `run` again and again, killed at its first failpoint, its second and so on, until it survives. `before` sets the
- * stage and `after` looks at what was left; the last time, nobody died. */
+/* Start `run` again and again, killed at its first failpoint, its second and so on, until it survives. `before` sets
+ * the stage and `after` looks at what was left; the last time, nobody died. */
 static inline void kill_at_every_failpoint(const char *what, void (*before)(void *arg), void (*run)(void *arg),
                                            void (*after)(void *arg), void *arg)
 {
@@ -293,7 +293,10 @@ static inline int item_get(struct shmq *q, uint32_t *id, unsigned ms)
     return rc;
 }
 
-static inline void puts_ok(struct shmq *q, uint32_t id, size_t len) { CHECK_EQ(item_put(q, id, len, STATE_MS), SHMQ_OK); }
+static inline void puts_ok(struct shmq *q, uint32_t id, size_t len)
+{
+    CHECK_EQ(item_put(q, id, len, STATE_MS), SHMQ_OK);
+}
 
 static inline void gets(struct shmq *q, uint32_t id)
 {
@@ -336,12 +339,6 @@ static inline int broken_invariants(struct shmq *q)
     CHECK_EQ(look_at_all(q, complain, &n), SHMQ_OK);
     return n;
 }
-
-/* Where the core looks at a ring's bytes without a lock, on purpose: what was read is thrown away when a position or an
- * entry has changed meanwhile (look.c), or is no more than a hint (queue.c). */
-const char *__tsan_default_suppressions(void), *__tsan_default_options(void);
-const char *__tsan_default_suppressions(void) { return "race:committed_in\nrace:not_items\nrace:may_take\n"; }
-const char *__tsan_default_options(void) { return "history_size=7"; } /* or the reader's name is forgotten */
 
 /* ---- the runner */
 
@@ -436,13 +433,14 @@ static inline int run_tests(const struct test *tests, int n, int argc, char **ar
         passed += is_ok;
         failed += !is_ok;
         if (!is_ok || getenv("CHECK_VERBOSE") != NULL)
-            printf("%-7s %s, %" PRIu64 " ms\n", is_ok ? "passed" : "FAILED", tests[i].name, (shmq_now_ns() - start) / 1000000u);
+            printf("%-7s %s, %" PRIu64 " ms\n", is_ok ? "passed" : "FAILED", tests[i].name,
+                   (shmq_now_ns() - start) / 1000000u);
     }
     printf("%d passed, %d failed\n", passed, failed);
     return failed != 0 || passed == 0;
 }
 
-#define RUN_TESTS(tests)                                                                        \
+#define RUN_TESTS(tests)                                                                                               \
     int main(int argc, char **argv) { return run_tests(tests, (int)(sizeof tests / sizeof *tests), argc, argv); }
 
 #endif

@@ -1,4 +1,5 @@
-/* test_attach.c - a segment's life and who is alive (attach.c): create, attach, fork, detach, unlink, and deaths in between. */
+/* test_attach.c - a segment's life and who is alive (attach.c): create, attach, fork, detach, unlink, and deaths in
+ * between. */
 #include "check.h"
 
 #include <sys/socket.h>
@@ -9,7 +10,10 @@
 
 static bool exists(void) { return access(check_path, F_OK) == 0; }
 
-static bool is_same_queue(const struct shmq *a, const struct shmq *b) { return memcmp(shmq_uuid(a), shmq_uuid(b), 16) == 0; }
+static bool is_same_queue(const struct shmq *a, const struct shmq *b)
+{
+    return memcmp(shmq_uuid(a), shmq_uuid(b), 16) == 0;
+}
 
 static void closes(struct shmq *q)
 {
@@ -659,6 +663,28 @@ static void test_fork_that_failed_leaves_no_reference(void)
     closes(q);
 }
 
+static void child_of_a_closed_handle(void *arg)
+{
+    (void)arg;
+    CHECK_EQ(shmq_fork_child(inherited), SHMQ_CLOSED);
+    CHECK_EQ(shmq_usable(inherited), SHMQ_CLOSED);
+}
+
+static void test_handle_closed_during_a_fork_leaves_nothing_behind(void)
+{
+    for (int does_fork = 0; does_fork < 2; does_fork++) {
+        struct shmq *q = inherited = attach(PAGE);
+        CHECK_EQ(shmq_fork_before(q), SHMQ_OK);
+        CHECK_EQ(shmq_close(q, false), SHMQ_OK);
+        pid_t pid = does_fork ? start_child(child_of_a_closed_handle, NULL) : 0;
+        shmq_fork_parent(q);
+        if (does_fork)
+            child_ends_well(pid);
+        CHECK(!exists());
+        shmq_free(q);
+    }
+}
+
 static void child_without_hook(void *arg)
 {
     uint8_t scratch[SHMQ_SMALL];
@@ -952,6 +978,7 @@ static void attach_and_put(void *arg)
     (void)arg;
     struct shmq *q = attach(PAGE);
     puts_ok(q, 5, 50);
+    raise(SIGSTOP);
     closes(q);
 }
 
@@ -974,9 +1001,13 @@ static void test_who_waited_for_a_segment_that_is_gone_by_then_starts_over(void)
         struct shmq *b = attach(PAGE);
         CHECK_EQ(port_unlock_byte(fd, 0), 0);
         port_close(fd);
-        child_ends_well(pid);
-        if (!adopts)
+        if (!adopts) {
+            child_has_stopped(pid);
+            CHECK_EQ(shmq_refs(b), 2);
             gets(b, 5);
+            CHECK_EQ(kill(pid, SIGCONT), 0);
+        }
+        child_ends_well(pid);
         closes(a);
         CHECK(exists());
         closes(b);
@@ -1025,8 +1056,8 @@ static void test_close_spares_what_now_has_its_descriptors_number(void)
 /* ---- deaths half-way */
 
 struct scene {
-    struct shmq *survivor;  /* attached throughout, or NULL */
-    uint32_t n_items;       /* that must be there afterwards */
+    struct shmq *survivor; /* attached throughout, or NULL */
+    uint32_t n_items;      /* that must be there afterwards */
 };
 
 static void before_nobody(void *arg) { ((struct scene *)arg)->survivor = NULL; }
@@ -1147,6 +1178,7 @@ static const struct test tests[] = {
     TEST(test_forked_child_has_an_attachment_of_its_own),
     TEST(test_queue_stays_while_a_child_is_on_its_way),
     TEST(test_fork_that_failed_leaves_no_reference),
+    TEST(test_handle_closed_during_a_fork_leaves_nothing_behind),
     TEST(test_child_without_hooks_is_told_and_can_adopt),
     TEST(test_raw_clone_is_told_and_can_adopt),
     TEST(test_child_that_closes_what_is_its_parents_changes_nothing),

@@ -92,40 +92,53 @@ static void test_no_wake_up_is_lost_in_a_long_ping_pong(void)
 
 /* ---- the same without sleeping: at one instant here, either the flag is seen or what was published */
 
-#define MEETINGS 200000u
-
 static _Atomic uint32_t turn, published, answered;
 static uint32_t seen_flag;
 
-static void *publish_and_look(void *arg)
+/* Awake, unless the other one has no processor. */
+static void await_turn(_Atomic uint32_t *word, uint32_t i)
 {
-    for (uint32_t i = 1; i <= MEETINGS; i++) {
-        while (atomic_load_explicit(&turn, memory_order_acquire) != i)
+    for (uint32_t k = 0; atomic_load_explicit(word, memory_order_acquire) != i; k++)
+        if (k % 1024 == 1023)
+            sched_yield();
+        else
             port_pause();
+}
+
+static void *publish_and_look(void *n)
+{
+    for (uint32_t i = 1; i <= *(uint32_t *)n; i++) {
+        await_turn(&turn, i);
         atomic_store_explicit(&published, i, memory_order_relaxed);
         atomic_thread_fence(memory_order_seq_cst);
         seen_flag = shmq_items_asleep(&w);
         atomic_store_explicit(&answered, i, memory_order_release);
     }
-    return arg;
+    return n;
 }
 
-static void test_sleeper_and_waker_never_miss_each_other(void)
+static void meet(uint32_t n)
 {
     pthread_t thread;
-    CHECK_EQ(pthread_create(&thread, NULL, publish_and_look, NULL), 0);
-    for (uint32_t i = 1; i <= MEETINGS; i++) {
+    turn = answered = published = 0;
+    CHECK_EQ(pthread_create(&thread, NULL, publish_and_look, &n), 0);
+    for (uint32_t i = 1; i <= n; i++) {
         atomic_store_explicit(&w.items_asleep, 0, memory_order_relaxed);
         atomic_store_explicit(&turn, i, memory_order_release);
         for (uint32_t k = i % 64; k > 0; k--)
             port_pause(); /* so that they meet at all distances */
         shmq_items_begin(&w);
         uint32_t seen = atomic_load_explicit(&published, memory_order_relaxed);
-        while (atomic_load_explicit(&answered, memory_order_acquire) != i)
-            sched_yield();
+        await_turn(&answered, i);
         CHECK(seen == i || seen_flag == 1);
     }
     pthread_join(thread, NULL);
+}
+
+static void test_sleeper_and_waker_never_miss_each_other(void)
+{
+    for (uint64_t until = in_ms(500); shmq_now_ns() < until;)
+        meet(2000);
 }
 
 /* ---- one is woken, and wakes the next when something is left */

@@ -182,7 +182,8 @@ static const struct shmq_ring ring = {bytes, 128, 127};
 static void test_sweep_abandons_the_reservations_of_the_dead(void)
 {
     dead[0] = 8;
-    static const uint8_t states[N] = {SHMQ_RESERVED, SHMQ_RESERVED, SHMQ_COMMITTED, SHMQ_ABANDONED, 0x55, SHMQ_RESERVED};
+    static const uint8_t states[N] = {SHMQ_RESERVED,  SHMQ_RESERVED, SHMQ_COMMITTED,
+                                      SHMQ_ABANDONED, 0x55,          SHMQ_RESERVED};
     for (int i = 0; i < N; i++) {
         take(i, 128 + (uint64_t)i * 16, 144 + (uint64_t)i * 16, i == 0 ? 7 : 8);
         bytes[i * 16] = states[i];

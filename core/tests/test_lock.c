@@ -294,7 +294,8 @@ static bool is_garbage(void *arg, uint64_t owner)
 
 static void test_garbage_word_is_a_dead_owner(void)
 {
-    static const uint64_t garbage[] = {SHMQ_CONTENDED, UINT64_MAX, UINT64_MAX - 1, UINT64_C(1) << 63, 0xffffffff, 0x7ff};
+    static const uint64_t garbage[] = {SHMQ_CONTENDED,    UINT64_MAX, UINT64_MAX - 1,
+                                       UINT64_C(1) << 63, 0xffffffff, 0x7ff};
     for (size_t i = 0; i < sizeof garbage / sizeof *garbage; i++) {
         _Atomic uint64_t word = garbage[i];
         struct shmq_lock_user user = {12, is_garbage, NULL, true};

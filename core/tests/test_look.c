@@ -284,7 +284,7 @@ static void test_lock_holder_is_named_and_check_gives_up_on_it(void)
         pid_t pid = start_child(lock_and_freeze, (void *)(uintptr_t)side);
         child_has_stopped(pid);
         CHECK_EQ(shmq_lock_pid(q, side), pid);
-        looks(0, 0, 0); /* takes no lock */
+        looks(0, 0, 0);             /* takes no lock */
         if (side == SHMQ_CONSUMING) /* it comes to this one last */
             CHECK_EQ(look_at_all(q, complain, &n), SHMQ_BUSY);
         let_child_end(pid);
@@ -306,12 +306,12 @@ static void find_line(void *arg, const char *line)
 }
 
 /* Break one thing, have it reported, and mend it. */
-#define REPORTS(what, field, value)                                                             \
-    do {                                                                                        \
-        uint64_t was_ = (field);                                                                \
-        (field) = (value);                                                                      \
-        reports(what);                                                                          \
-        (field) = was_;                                                                         \
+#define REPORTS(what, field, value)                                                                                    \
+    do {                                                                                                               \
+        uint64_t was_ = (field);                                                                                       \
+        (field) = (value);                                                                                             \
+        reports(what);                                                                                                 \
+        (field) = was_;                                                                                                \
     } while (0)
 
 static void reports(const char *what)

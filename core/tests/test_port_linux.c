@@ -1,5 +1,5 @@
-/* test_port_linux.c - what the core asks of the system (port.h), on Linux. Several of these are facts about the kernel that
- * the design rests on; they are checked where the library runs. */
+/* test_port_linux.c - what the core asks of the system (port.h), on Linux. Several of these are facts about the kernel
+ * that the design rests on; they are checked where the library runs. */
 #include "check.h"
 
 #include <sys/syscall.h>

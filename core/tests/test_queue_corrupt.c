@@ -1,5 +1,5 @@
-/* test_queue_corrupt.c - segments in which a peer's bug has written: whatever stands there, a call ends soon, with a status,
- * and touches nothing but the segment. CHECK_SEED repeats a run. */
+/* test_queue_corrupt.c - segments in which a peer's bug has written: whatever stands there, a call ends soon, with a
+ * status, and touches nothing but the segment. CHECK_SEED repeats a run. */
 #include "check.h"
 
 #define PAGE port_page_size()
@@ -25,7 +25,8 @@ static void begin_seed(void)
         CHECK_EQ(port_random(&seed, sizeof seed), 0);
 }
 
-/* ---- a queue in the middle of its life: items, a claim, a batch given back, a reservation that was passed and one ahead */
+/* ---- a queue in the middle of its life: items, a claim, a batch given back, a reservation that was passed and one
+ * ahead */
 
 static void reserve(uint32_t len)
 {
@@ -72,7 +73,8 @@ static const struct {
     {"slots", offsetof(struct shmq_segment, slot), 4 * sizeof(struct shmq_slot_hdr)},
     {"reservations", offsetof(struct shmq_segment, reservations), 6 * sizeof(struct shmq_hand_hdr)},
     {"claims", offsetof(struct shmq_segment, claims), 8 * sizeof(struct shmq_hand_hdr)},
-    {"all of the tables", offsetof(struct shmq_segment, slot), sizeof(struct shmq_segment) - offsetof(struct shmq_segment, slot)},
+    {"all of the tables", offsetof(struct shmq_segment, slot),
+     sizeof(struct shmq_segment) - offsetof(struct shmq_segment, slot)},
     {"ring", sizeof(struct shmq_segment), 0}, /* resolved below */
 };
 #define N_REGIONS (sizeof regions / sizeof *regions)
@@ -273,8 +275,9 @@ static void test_lock_word_that_names_nobody_alive_is_taken_over(void)
     q = attach(CAPACITY);
     uint64_t gone = other->self;
     shmq_free(other);
-    const uint64_t words[] = {SHMQ_CONTENDED,       UINT64_MAX,       UINT64_MAX - 1, UINT64_C(1) << 63, gone,
-                              gone | SHMQ_CONTENDED, shmq_owner_of(5, 400), 0xfffff000};
+    const uint64_t words[] = {SHMQ_CONTENDED,        UINT64_MAX, UINT64_MAX - 1,
+                              UINT64_C(1) << 63,     gone,       gone | SHMQ_CONTENDED,
+                              shmq_owner_of(5, 400), 0xfffff000};
     for (size_t i = 0; i < sizeof words / sizeof *words; i++)
         for (int side = 0; side < 2; side++) {
             context("word %zu", i);
@@ -335,7 +338,8 @@ static void test_each_broken_value_is_named(void)
     record[0] = SHMQ_COMMITTED;
     record[4] = 101;
     reads(SHMQ_CORRUPT);
-    CHECK(strcmp(shmq_fault(q)->what, "length of a record") == 0 && shmq_fault(q)->found == 101 && shmq_fault(q)->allowed == 108);
+    CHECK(strcmp(shmq_fault(q)->what, "length of a record") == 0 && shmq_fault(q)->found == 101 &&
+          shmq_fault(q)->allowed == 108);
     record[4] = 100;
     gets(q, 1);
     shmq_free(q);
