@@ -29,7 +29,7 @@ struct shmq {
     _Atomic bool is_detached;
     /* what we last saw of the other side: bounds that can only be behind */
     _Atomic uint64_t put_seen, free_seen;
-    _Atomic uint64_t next_sweep_ns;
+    _Atomic uint64_t next_look_ns; /* for the dead, on the way of a get */
     struct shmq_spin spin; /* consumers'; a full ring is worth sleeping for */
     struct shmq_fault fault;
 };

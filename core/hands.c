@@ -91,6 +91,20 @@ void shmq_hands_void(const struct shmq_hands *h, uint64_t published)
             shmq_hands_free(h, (int32_t)i);
 }
 
+bool shmq_hands_have_dead(const struct shmq_hands *h, shmq_is_dead_fn *is_dead, void *arg)
+{
+    uint64_t live = 0; /* the last one found: one probe serves all entries of an owner */
+    for (uint32_t i = 0, top = shmq_hands_top(h); i < top; i++) {
+        uint64_t owner = shmq_hand_owner(&h->entry[i]);
+        if (owner == 0 || owner == live || pos1_of(h, i) == 0)
+            continue;
+        if (is_dead(arg, owner))
+            return true;
+        live = owner;
+    }
+    return false;
+}
+
 bool shmq_hands_sweep_claims(const struct shmq_hands *h, shmq_is_dead_fn *is_dead, void *arg)
 {
     bool changed = false;

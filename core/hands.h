@@ -57,6 +57,9 @@ uint32_t shmq_hands_owned(const struct shmq_hands *h);
 /* After taking the side's lock over: free the void entries, those at or beyond the published position. */
 void shmq_hands_void(const struct shmq_hands *h, uint64_t published);
 
+/* Does a dead owner hold something? Takes no lock. */
+bool shmq_hands_have_dead(const struct shmq_hands *h, shmq_is_dead_fn *is_dead, void *arg);
+
 /* Take what dead owners hold out of their hands; the side's lock is held. True: something changed.
  * claims: they can be delivered again. reservations: they are abandoned (`free_pos` tells which records are gone). */
 bool shmq_hands_sweep_claims(const struct shmq_hands *h, shmq_is_dead_fn *is_dead, void *arg);

@@ -13,8 +13,9 @@
 #define LOCK_SLICE_NS UINT64_C(50000000)   /* then it is time to look for signals */
 #define WAIT_NS UINT64_C(100000000)        /* a sleeper looks for itself so often */
 #define WAIT_IN_HAND_NS UINT64_C(20000000) /* and so often while a record is in hand: its owner may be dead */
-#define SWEEP_EVERY_NS UINT64_C(10000000)
-#define SWEEP_LOCK_NS UINT64_C(2000000) /* sweeping is nobody's duty: it doesn't wait long */
+#define LOOK_EVERY_NS UINT64_C(10000000) /* who gets items without waiting looks for the dead so often */
+/* So long a sweep waits for a lock: one by the way hardly, one that has something to do as long as any call. */
+#define SWEEP_LOCK_NS UINT64_C(2000000)
 
 /* ---- calls and locks */
 
@@ -161,21 +162,26 @@ static void after_put(struct shmq *q)
         shmq_items_wake(&q->seg->waiters, 1); /* who wakes and leaves something behind wakes the next */
 }
 
+/* Is a record in that state among those of H without an owner? Takes no lock. */
+static bool is_passed(const struct shmq *q, enum shmq_state state)
+{
+    for (uint32_t i = 0, top = shmq_hands_top(&q->claims); i < top; i++) {
+        uint64_t pos1 = shmq_hand_pos1(&q->claims.entry[i]);
+        if (pos1 != 0 && shmq_hand_owner(&q->claims.entry[i]) == 0 &&
+            (shmq_ring_peek(&q->ring, pos1 - 1) & 0xff) == state)
+            return true;
+    }
+    return false;
+}
+
 /* Is there something to take? Takes no lock; "yes" may be a reservation that turns out not to be. */
 SHMQ_COLD static bool may_take(struct shmq *q)
 {
     struct shmq_mark get, put;
     uint64_t seq;
-    if (!shmq_side_read(shmq_side(q, SHMQ_CONSUMING), &get, &seq) ||
-        !shmq_side_read(shmq_side(q, SHMQ_PRODUCING), &put, &seq) || put.pos != get.pos)
-        return true;
-    for (uint32_t i = 0, top = shmq_hands_top(&q->claims); i < top; i++) {
-        uint64_t pos1 = shmq_hand_pos1(&q->claims.entry[i]);
-        if (pos1 != 0 && shmq_hand_owner(&q->claims.entry[i]) == 0 &&
-            (shmq_ring_peek(&q->ring, pos1 - 1) & 0xff) == SHMQ_COMMITTED)
-            return true;
-    }
-    return false;
+    return !shmq_side_read(shmq_side(q, SHMQ_CONSUMING), &get, &seq) ||
+           !shmq_side_read(shmq_side(q, SHMQ_PRODUCING), &put, &seq) || put.pos != get.pos ||
+           is_passed(q, SHMQ_COMMITTED);
 }
 
 /* Bytes free at this instant; 0 when that can't be told. */
@@ -405,32 +411,55 @@ static int take_from_ring(struct shmq *q, uint64_t put_pos, struct shmq_mark mar
     return rc;
 }
 
-/* Take the oldest record. Caller holds the consuming lock, which is let go of, with a fence. put_pos is read before H
- * is looked at, and nothing at or beyond it is taken: else a record put after a passed reservation's commit could
- * overtake it. */
-static int get_locked(struct shmq *q, uint8_t *scratch, struct shmq_in *in)
+/* Take the oldest record. Caller holds the consuming lock. put_pos is read before H is looked at, and nothing at or
+ * beyond it is taken: else a record put after a passed reservation's commit could overtake it. */
+static inline int take_oldest(struct shmq *q, uint8_t *scratch, struct shmq_in *in)
 {
     struct shmq_mark mark = shmq_side_mark(shmq_side(q, SHMQ_CONSUMING));
     uint64_t put_pos;
     int rc = read_put_pos(q, mark.pos, &put_pos);
-    if (rc == SHMQ_OK) {
-        int32_t i = shmq_hands_top(&q->claims) > 0 ? deliverable(q) : -1;
-        rc = i >= 0 ? take_from_hand(q, i, scratch, in) : take_from_ring(q, put_pos, mark, scratch, in);
-    }
-    shmq_leave_side(q, SHMQ_CONSUMING);
-    fence_after_unlock();
-    return rc;
-}
-
-int shmq_get_try(struct shmq *q, uint8_t *scratch, struct shmq_in *in)
-{
-    int rc = shmq_usable(q);
     if (rc != SHMQ_OK)
         return rc;
-    if (!try_side(q, SHMQ_CONSUMING))
-        return SHMQ_BUSY;
-    if ((rc = get_locked(q, scratch, in)) == SHMQ_OK)
-        after_get(q);
+    int32_t i = shmq_hands_top(&q->claims) > 0 ? deliverable(q) : -1;
+    return i >= 0 ? take_from_hand(q, i, scratch, in) : take_from_ring(q, put_pos, mark, scratch, in);
+}
+
+static void sweep(struct shmq *q, uint64_t lock_ns);
+
+/* Where items never run out nobody waits, so nobody would sweep, and what the dead hold would never come. */
+SHMQ_COLD static void look_for_the_dead(struct shmq *q)
+{
+    uint64_t now = shmq_now_ns(), next = atomic_load_explicit(&q->next_look_ns, memory_order_relaxed);
+    if (now < next || !atomic_compare_exchange_strong_explicit(&q->next_look_ns, &next, now + LOOK_EVERY_NS,
+                                                               memory_order_relaxed, memory_order_relaxed))
+        return;
+    if (shmq_is_sweep_due(q))
+        sweep(q, SWEEP_LOCK_NS);
+}
+
+/* Let go of the consuming lock, with a fence. */
+static inline void leave_after_get(struct shmq *q)
+{
+    bool is_claimed = shmq_hands_top(&q->claims) > 0; /* read while the lock's line is ours */
+    shmq_leave_side(q, SHMQ_CONSUMING);
+    fence_after_unlock();
+    if (is_claimed)
+        look_for_the_dead(q);
+}
+
+/* The first look's bound may have been old, and have ended in reservations. */
+SHMQ_COLD static int look_twice(struct shmq *q, uint8_t *scratch, struct shmq_in *in)
+{
+    return take_oldest(q, scratch, in);
+}
+
+/* Take the oldest record. Caller holds the consuming lock, which is let go of, with a fence. */
+static int get_locked(struct shmq *q, uint8_t *scratch, struct shmq_in *in)
+{
+    int rc = take_oldest(q, scratch, in);
+    if (rc == SHMQ_EMPTY)
+        rc = look_twice(q, scratch, in);
+    leave_after_get(q);
     return rc;
 }
 
@@ -464,6 +493,103 @@ static int get_batch_locked(struct shmq *q, struct shmq_in *in, uint32_t *n)
     return SHMQ_OK;
 }
 
+/* ---- sweep */
+
+bool shmq_is_in_hand(const struct shmq *q)
+{
+    return shmq_hands_top(&q->reservations) > 0 || shmq_hands_top(&q->claims) > 0;
+}
+
+/* Is the record at the front abandoned? Takes no lock. */
+static bool is_front_abandoned(struct shmq *q)
+{
+    struct shmq_mark get, put;
+    uint64_t seq;
+    return shmq_side_read(shmq_side(q, SHMQ_CONSUMING), &get, &seq) &&
+           shmq_side_read(shmq_side(q, SHMQ_PRODUCING), &put, &seq) && get.pos < put.pos &&
+           (shmq_ring_peek(&q->ring, get.pos) & 0xff) == SHMQ_ABANDONED;
+}
+
+SHMQ_COLD static bool is_sweep_worth_it(struct shmq *q)
+{
+    return shmq_hands_have_dead(&q->reservations, shmq_is_dead, q) ||
+           shmq_hands_have_dead(&q->claims, shmq_is_dead, q) || is_front_abandoned(q) ||
+           is_passed(q, SHMQ_ABANDONED);
+}
+
+bool shmq_is_sweep_due(struct shmq *q) { return shmq_is_in_hand(q) && is_sweep_worth_it(q); }
+
+static void sweep_producing(struct shmq *q, uint64_t lock_ns)
+{
+    struct shmq_mark get;
+    uint64_t seq, free_pos;
+    bool changed = false;
+    if (shmq_hands_top(&q->reservations) == 0 ||
+        shmq_enter_side(q, SHMQ_PRODUCING, shmq_now_ns() + lock_ns) != SHMQ_OK)
+        return;
+    shmq_hands_trim(&q->reservations);
+    if (read_free_pos(q, &free_pos) == SHMQ_OK && shmq_side_read(shmq_side(q, SHMQ_CONSUMING), &get, &seq)) {
+        changed = shmq_hands_sweep_reservations(&q->reservations, &q->ring, free_pos, shmq_is_dead, q);
+        shmq_hands_settle_reservations(&q->reservations, get.pos);
+    }
+    shmq_leave_side(q, SHMQ_PRODUCING);
+    fence_after_unlock();
+    if (changed)
+        after_put(q); /* it may have died between its commit and the wake */
+}
+
+static void sweep_consuming(struct shmq *q, uint64_t lock_ns)
+{
+    struct shmq_mark mark;
+    struct shmq_record r;
+    uint64_t put_pos, start;
+    if (shmq_enter_side(q, SHMQ_CONSUMING, shmq_now_ns() + lock_ns) != SHMQ_OK)
+        return;
+    shmq_hands_sweep_claims(&q->claims, shmq_is_dead, q);
+    mark = shmq_side_mark(shmq_side(q, SHMQ_CONSUMING));
+    start = mark.pos;
+    if (read_put_pos(q, mark.pos, &put_pos) == SHMQ_OK) {
+        deliverable(q); /* frees what was abandoned after get_pos had passed it */
+        skip(q, put_pos, &mark, &r);
+        if (mark.pos != start)
+            shmq_side_publish(shmq_side(q, SHMQ_CONSUMING), mark);
+    }
+    shmq_leave_side(q, SHMQ_CONSUMING);
+    fence_after_unlock();
+    if (may_take(q))
+        shmq_items_wake(&q->seg->waiters, 1);
+    offer_room(q, true);
+}
+
+/* Take what the dead hold out of their hands, on both sides, one lock at a time. */
+static void sweep(struct shmq *q, uint64_t lock_ns)
+{
+    sweep_producing(q, lock_ns);
+    sweep_consuming(q, lock_ns);
+}
+
+void shmq_sweep(struct shmq *q)
+{
+    if (shmq_hold(q) != SHMQ_OK)
+        return;
+    sweep(q, LOCK_GRACE_NS);
+    shmq_let_go(q);
+}
+
+/* ---- calls that get, and ends of what they have in hand */
+
+int shmq_get_try(struct shmq *q, uint8_t *scratch, struct shmq_in *in)
+{
+    int rc = shmq_usable(q);
+    if (rc != SHMQ_OK)
+        return rc;
+    if (!try_side(q, SHMQ_CONSUMING))
+        return SHMQ_BUSY;
+    if ((rc = get_locked(q, scratch, in)) == SHMQ_OK)
+        after_get(q);
+    return rc;
+}
+
 int shmq_get_batch_try(struct shmq *q, struct shmq_in *in, uint32_t *n)
 {
     int rc = shmq_usable(q);
@@ -472,8 +598,7 @@ int shmq_get_batch_try(struct shmq *q, struct shmq_in *in, uint32_t *n)
     if (!try_side(q, SHMQ_CONSUMING))
         return SHMQ_BUSY;
     rc = get_batch_locked(q, in, n);
-    shmq_leave_side(q, SHMQ_CONSUMING);
-    fence_after_unlock();
+    leave_after_get(q);
     if (rc == SHMQ_OK)
         after_get(q);
     return rc;
@@ -497,66 +622,6 @@ void shmq_release(struct shmq *q, int32_t hand)
     after_get(q);
 }
 
-/* ---- sweep */
-
-static void sweep_producing(struct shmq *q)
-{
-    struct shmq_mark get;
-    uint64_t seq, free_pos;
-    bool changed = false;
-    if (shmq_hands_top(&q->reservations) == 0 ||
-        shmq_enter_side(q, SHMQ_PRODUCING, shmq_now_ns() + SWEEP_LOCK_NS) != SHMQ_OK)
-        return;
-    shmq_hands_trim(&q->reservations);
-    if (read_free_pos(q, &free_pos) == SHMQ_OK && shmq_side_read(shmq_side(q, SHMQ_CONSUMING), &get, &seq)) {
-        changed = shmq_hands_sweep_reservations(&q->reservations, &q->ring, free_pos, shmq_is_dead, q);
-        shmq_hands_settle_reservations(&q->reservations, get.pos);
-    }
-    shmq_leave_side(q, SHMQ_PRODUCING);
-    fence_after_unlock();
-    if (changed)
-        after_put(q); /* it may have died between its commit and the wake */
-}
-
-static void sweep_consuming(struct shmq *q)
-{
-    struct shmq_mark mark;
-    struct shmq_record r;
-    uint64_t put_pos, start;
-    if (shmq_enter_side(q, SHMQ_CONSUMING, shmq_now_ns() + SWEEP_LOCK_NS) != SHMQ_OK)
-        return;
-    shmq_hands_sweep_claims(&q->claims, shmq_is_dead, q);
-    mark = shmq_side_mark(shmq_side(q, SHMQ_CONSUMING));
-    start = mark.pos;
-    if (read_put_pos(q, mark.pos, &put_pos) == SHMQ_OK) {
-        deliverable(q); /* frees what was abandoned after get_pos had passed it */
-        skip(q, put_pos, &mark, &r);
-        if (mark.pos != start)
-            shmq_side_publish(shmq_side(q, SHMQ_CONSUMING), mark);
-    }
-    shmq_leave_side(q, SHMQ_CONSUMING);
-    fence_after_unlock();
-    if (may_take(q))
-        shmq_items_wake(&q->seg->waiters, 1);
-    offer_room(q, true);
-}
-
-/* Take what the dead hold out of their hands, on both sides, one lock at a time; not too often. */
-static void sweep(struct shmq *q)
-{
-    uint64_t now = shmq_now_ns(), next = atomic_load_explicit(&q->next_sweep_ns, memory_order_relaxed);
-    if (now < next || !atomic_compare_exchange_strong_explicit(&q->next_sweep_ns, &next, now + SWEEP_EVERY_NS,
-                                                               memory_order_relaxed, memory_order_relaxed))
-        return;
-    sweep_producing(q);
-    sweep_consuming(q);
-}
-
-bool shmq_is_in_hand(const struct shmq *q)
-{
-    return shmq_hands_top(&q->reservations) > 0 || shmq_hands_top(&q->claims) > 0;
-}
-
 /* ---- wait */
 
 /* Sleep until woken, at most until the deadline; a sleep that just runs out ends in a sweep. OK | INTR */
@@ -567,17 +632,17 @@ static int sleep_by(struct shmq *q, _Atomic uint32_t *count, uint32_t key, uint6
         return SHMQ_OK;
     int rc = shmq_sleep(count, key, earlier(slice, deadline_ns - now));
     if (rc == ETIMEDOUT)
-        sweep(q);
+        sweep(q, SWEEP_LOCK_NS);
     return rc == 0 ? SHMQ_OK : SHMQ_INTR;
 }
 
-/* Time is up. One more look is worth it if something was in hand: its owner may be dead. */
+/* Time is up. One more look is worth it if a dead one holds something. */
 static bool swept_at_the_end(struct shmq *q, bool *is_swept)
 {
-    if (*is_swept || !shmq_is_in_hand(q))
+    if (*is_swept || !shmq_is_sweep_due(q))
         return false;
     *is_swept = true;
-    sweep(q);
+    sweep(q, LOCK_GRACE_NS);
     return true;
 }
 
@@ -711,11 +776,14 @@ static int clear_locked(struct shmq *q)
         shmq_side_publish(shmq_side(q, SHMQ_CONSUMING), put);
     return rc;
 }
+
 int shmq_clear(struct shmq *q, uint64_t deadline_ns)
 {
     int rc = shmq_hold(q);
     if (rc != SHMQ_OK)
         return rc;
+    if (shmq_is_sweep_due(q))
+        sweep(q, LOCK_GRACE_NS); /* what the dead hold is nobody's, and goes too */
     if ((rc = shmq_enter_side_by(q, SHMQ_CONSUMING, deadline_ns)) == SHMQ_OK) {
         rc = clear_locked(q);
         shmq_leave_side(q, SHMQ_CONSUMING);

@@ -1,7 +1,7 @@
 /* shmq.h - the door to the core: a named FIFO queue of byte records between processes.
  *
  * A handle is one attachment. Any number of threads may use it. The `_try` calls and the status calls never
- * sleep and expect that the caller keeps shmq_close() out meanwhile (the binding does so by the GIL); the `_wait`
+ * sleep (but for some ms when they find that somebody has died) and expect that the caller keeps shmq_close() out meanwhile (the binding does so by the GIL); the `_wait`
  * calls look after themselves. Deadlines are points on the monotonic clock (shmq_now_ns), 0 for "don't wait",
  * SHMQ_FOREVER for "no end". How it works: docs/protocol.md. */
 #ifndef SHMQ_H
@@ -134,6 +134,11 @@ void shmq_release(struct shmq *q, int32_t hand);
 
 /* Drop every item that nobody has in hand. OK | BUSY | INTR | ... */
 int shmq_clear(struct shmq *q, uint64_t deadline_ns);
+
+/* Take what dead attachments hold out of their hands. Every wait does so by itself; due: somebody has died and it
+ * would show in what a status call says, or let a call that doesn't wait succeed. */
+bool shmq_is_sweep_due(struct shmq *q);
+void shmq_sweep(struct shmq *q);
 
 /* ---- looking ------------------------------------------------------------------------------------------------ */
 

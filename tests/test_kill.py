@@ -35,22 +35,26 @@ def wait_until(is_so: Callable[[], bool], seconds: float = 20.0) -> None:
         time.sleep(0.002)
 
 
-class Notes:
-    """Numbers that a child leaves behind: the count first, so that a death in between hides the last."""
+NUMBERS = 1 << 22
+"""Numbers of each child; more than the fastest can use up in its life."""
 
-    def __init__(self, room: int = 1 << 16) -> None:
-        self._memory = mmap.mmap(-1, 8 * (room + 1))
-        self._room = room
+
+class Notes:
+    """Numbers that a child leaves behind: the count last and by one store, so that a death in between hides the last.
+
+    ``struct.pack_into`` won't do for that: it clears what it is about to write to.
+    """
+
+    def __init__(self) -> None:
+        self._words = memoryview(mmap.mmap(-1, 8 * (NUMBERS + 1))).cast("Q")
 
     def add(self, number: int) -> None:
-        (count,) = struct.unpack_from("<Q", self._memory)
-        struct.pack_into("<Q", self._memory, 8 * (count % self._room + 1), number)
-        struct.pack_into("<Q", self._memory, 0, count + 1)
+        count = self._words[0]
+        self._words[count + 1] = number
+        self._words[0] = count + 1
 
     def __iter__(self) -> Iterator[int]:
-        (count,) = struct.unpack_from("<Q", self._memory)
-        assert count <= self._room, "the notes are full; the test is wrong"
-        return iter(struct.unpack_from(f"<{count}Q", self._memory, 8))
+        return iter(self._words[1 : self._words[0] + 1])
 
 
 def item(number: int) -> list[Any]:
@@ -65,13 +69,13 @@ def number_of(got: list[Any]) -> int:
 
 
 def produce(q: ShmQueue[Any], notes: Notes, first: int) -> None:
-    for number in range(first, first + 1 << 16):
+    for number in range(first, first + NUMBERS):
         q.put(item(number))
         notes.add(number)
 
 
 def produce_many(q: ShmQueue[Any], notes: Notes, first: int) -> None:
-    for start in range(first, first + 1 << 16, 7):
+    for start in range(first, first + NUMBERS - 7, 7):
         q.put_many(item(number) for number in range(start, start + 7))
         for number in range(start, start + 7):
             notes.add(number)
@@ -109,7 +113,7 @@ class Storm:
         notes = Notes()
         (self.got if work in MOST_IN_HAND else self.returned).append(notes)
         first = self._next
-        self._next += 1 << 20
+        self._next += NUMBERS
         pid = os.fork()
         if pid == 0:
             try:
@@ -152,8 +156,8 @@ class Storm:
             self.start(work)
         for pid in list(self.children):
             self.kill(pid)
-        while got := self.q.get_many(100, timeout=0.5) if self.q.qsize() else []:
-            for each in got:
+        while not self.q.empty():
+            for each in self.q.get_many(100, block=False):
                 self.got_here(each)
 
     def verify(self) -> None:
@@ -185,6 +189,72 @@ def test_survivors_go_on_after_200_kills_and_nothing_is_lost(queue_name: str) ->
     assert statistics.median(storm.pauses) < 0.05
     assert max(storm.pauses) < 1.0
     assert not os.path.exists(f"/dev/shm/shmqueue.{queue_name}")
+
+
+def dies_decoding(q: ShmQueue[Any]) -> None:
+    """A child is killed with all items of the queue in its hands."""
+    pid = os.fork()
+    if pid == 0:
+        q.custom_deserialize(lambda method, chunks: os.kill(os.getpid(), signal.SIGKILL))
+        q.get_many()
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize(
+    ("look", "seen"),
+    [
+        (lambda q: q.qsize(), 5),
+        (lambda q: q.empty(), False),
+        (lambda q: q.snapshot().qsize, 5),
+        (lambda q: sorted(q.get(block=False) for _ in range(5)), [0, 1, 2, 3, 4]),
+        (lambda q: sorted(x for _ in range(5) for x in q.get_many(1, block=False)), [0, 1, 2, 3, 4]),
+        (lambda q: q.clear() or q.buffer_occupancy(), 0),
+    ],
+)
+def test_what_a_dead_taker_held_shows_at_once(queue_name: str, look: Callable[[Any], Any], seen: Any) -> None:
+    """Nobody waits here, so nobody sweeps by the way: each call has to look for the dead by itself."""
+    with ShmQueue[Any](queue_name) as q:
+        q.custom_serialize(lambda method, data: struct.pack("I", data))
+        q.custom_deserialize(lambda method, chunks: struct.unpack("I", chunks[0])[0])
+        for _ in range(10):
+            q.put_many(range(5), serialization_method=2000)
+            dies_decoding(q)
+            assert look(q) == seen
+            q.clear()
+            assert (q.qsize(), q.buffer_occupancy()) == (0, 0)
+
+
+def test_what_a_dead_taker_held_comes_soon_though_the_queue_never_runs_empty(queue_name: str) -> None:
+    with ShmQueue[Any](queue_name, buffer_size=1 << 24) as q:
+        q.custom_serialize(lambda method, data: data)
+        q.put(b"first", serialization_method=2000)
+        dies_decoding(q)
+        q.custom_deserialize(lambda method, chunks: bytes(chunks[0]))
+        q.put_many(range(1000))
+        start = time.monotonic()
+        while q.get() != b"first":
+            q.put(0)
+            assert time.monotonic() - start < 1.0
+
+
+def test_what_a_dead_producer_reserved_is_room_at_once(queue_name: str) -> None:
+    size = 64 << 20
+    code = f"import shmqueue\nq = shmqueue.ShmQueue({queue_name!r})\nwhile True: q.put(bytes({size}))\n"
+    was_in_time = False
+    with ShmQueue[Any](queue_name, buffer_size=2 * size) as q:
+        for _ in range(20):
+            child = subprocess.Popen([sys.executable, "-c", code])
+            try:
+                wait_until(lambda: q.buffer_occupancy() > size)
+            finally:
+                child.kill()
+                child.wait()
+            was_in_time = was_in_time or q.qsize() == 0  # in the middle of its first put
+            q.clear()
+            q.put(bytes(2 * size - 100), block=False)
+            q.clear()
+    assert was_in_time
 
 
 def test_a_killed_process_is_dead_although_its_forked_child_lives(queue_name: str) -> None:

@@ -475,7 +475,27 @@ static void test_full_tables_hold_everything_up_to_the_last_entry(void)
     for (uint32_t id = 0; id < SHMQ_H_CLAIMS; id++)
         item_accept(q, &in[id]);
     is_empty();
+    shmq_sweep(q); /* tidies up */
     CHECK(!shmq_is_in_hand(q));
+    done();
+}
+
+/* A get that has seen the end of the ring at a reservation doesn't believe that this still is the end. */
+static void test_item_put_behind_a_passed_reservation_comes_at_the_first_try(void)
+{
+    uint8_t scratch[SHMQ_SMALL];
+    struct shmq_in in;
+    uint64_t pos;
+    q = attach(16 * PAGE);
+    puts_ok(q, 1, 10);
+    int32_t hand = reserve(2, BIG, &pos);
+    gets(q, 1);
+    puts_ok(q, 3, 10);
+    CHECK_EQ(shmq_get_try(q, scratch, &in), SHMQ_OK);
+    CHECK_EQ(item_accept(q, &in), 3);
+    commit(2, BIG, hand, pos);
+    gets(q, 2);
+    is_empty();
     done();
 }
 
@@ -1258,6 +1278,7 @@ static const struct test tests[] = {
     TEST(test_claim_given_back_is_delivered_before_newer_ones),
     TEST(test_claims_beyond_the_table_are_copied),
     TEST(test_items_behind_a_reservation_are_not_held_up_and_it_comes_when_committed),
+    TEST(test_item_put_behind_a_passed_reservation_comes_at_the_first_try),
     TEST(test_full_tables_hold_everything_up_to_the_last_entry),
     TEST(test_clear_drops_items_and_leaves_what_is_in_hand),
     TEST(test_call_without_time_returns_at_once),

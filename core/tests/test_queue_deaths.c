@@ -131,7 +131,6 @@ static void sweep_with(struct shmq *q)
     payload = payload != NULL ? payload : calloc(1, CAPACITY);
     struct shmq_part part = {payload, CAPACITY - 8};
     struct shmq_out out = shmq_out(&part, 1, 0, false);
-    q->next_sweep_ns = 0;
     int rc;
     while ((rc = shmq_put_wait(q, &out, 1, &n, 0)) == SHMQ_INTR)
         ;
@@ -315,8 +314,9 @@ static bool is_settled(void)
 {
     uint32_t id;
     struct shmq_info info;
-    survivor->next_sweep_ns = 0; /* the sweeps that time would bring */
     CHECK_EQ(item_get(survivor, &id, 0), SHMQ_EMPTY);
+    CHECK(!shmq_is_sweep_due(survivor));
+    shmq_sweep(survivor); /* the one that time would bring: it tidies up */
     CHECK_EQ(shmq_info(survivor, &info), SHMQ_OK);
     CHECK_EQ(info.qsize, 0);
     return info.free_pos == info.put_pos && !shmq_is_in_hand(survivor);

@@ -111,7 +111,7 @@ static int put_out(struct handle *self, const struct shmq_out *outs, uint32_t n,
     if (outs[0].size < BIG_PUT)
         rc = shmq_put_try(self->q, outs, n, done);
     while (rc == SHMQ_FORKED || rc == SHMQ_INTR || rc == SHMQ_BUSY ||
-           (rc == SHMQ_FULL && (w->block || shmq_is_in_hand(self->q)))) {
+           (rc == SHMQ_FULL && (w->block || shmq_is_sweep_due(self->q)))) {
         if (rc == SHMQ_INTR ? PyErr_CheckSignals() < 0 : rc == SHMQ_FORKED && ready(self) < 0)
             return -1;
         if (*deadline == UNKNOWN)
@@ -312,7 +312,7 @@ static int take(struct handle *self, uint8_t *scratch, struct shmq_in *in, const
     if (rc == SHMQ_OK && in->hand >= 0)
         shmq_hold(self->q); /* can't be refused: the GIL keeps closing out */
     while (rc == SHMQ_FORKED || rc == SHMQ_INTR || rc == SHMQ_BUSY ||
-           (rc == SHMQ_EMPTY && (w->block || shmq_is_in_hand(self->q)))) {
+           (rc == SHMQ_EMPTY && (w->block || shmq_is_sweep_due(self->q)))) {
         if (rc == SHMQ_INTR ? PyErr_CheckSignals() < 0 : rc == SHMQ_FORKED && ready(self) < 0)
             return -1;
         if (*deadline == UNKNOWN)
@@ -579,10 +579,21 @@ static PyObject *handle_get_many(struct handle *self, PyObject *const *args, Py_
 
 /* ---- looking */
 
+/* Ready for a look that sees what a death has left, whoever polls. 0, or -1 with an exception. */
+static int ready_to_look(struct handle *self)
+{
+    if (ready(self) < 0)
+        return -1;
+    if (!shmq_is_sweep_due(self->q))
+        return 0;
+    Py_BEGIN_ALLOW_THREADS shmq_sweep(self->q);
+    Py_END_ALLOW_THREADS return ready(self);
+}
+
 static PyObject *info_field(struct handle *self, size_t which)
 {
     struct shmq_info info;
-    if (ready(self) < 0)
+    if (ready_to_look(self) < 0)
         return NULL;
     int rc = shmq_info(self->q, &info);
     if (rc != SHMQ_OK)
