@@ -13,7 +13,7 @@
 #define LOCK_SLICE_NS UINT64_C(50000000)   /* then it is time to look for signals */
 #define WAIT_NS UINT64_C(100000000)        /* a sleeper looks for itself so often */
 #define WAIT_IN_HAND_NS UINT64_C(20000000) /* and so often while a record is in hand: its owner may be dead */
-#define LOOK_EVERY_NS UINT64_C(10000000) /* who gets items without waiting looks for the dead so often */
+#define LOOK_EVERY_NS UINT64_C(2000000) /* who gets items without waiting looks for the dead so often */
 /* So long a sweep waits for a lock: one by the way hardly, one that has something to do as long as any call. */
 #define SWEEP_LOCK_NS UINT64_C(2000000)
 
@@ -437,13 +437,13 @@ SHMQ_COLD static void look_for_the_dead(struct shmq *q)
         sweep(q, SWEEP_LOCK_NS);
 }
 
-/* Let go of the consuming lock, with a fence. */
-static inline void leave_after_get(struct shmq *q)
+/* Let go of the consuming lock, with a fence. Who comes back with nothing looks by itself, and then once more. */
+static inline void leave_after_get(struct shmq *q, int rc)
 {
-    bool is_claimed = shmq_hands_top(&q->claims) > 0; /* read while the lock's line is ours */
+    bool looks = rc == SHMQ_OK && shmq_hands_top(&q->claims) > 0; /* read while the lock's line is ours */
     shmq_leave_side(q, SHMQ_CONSUMING);
     fence_after_unlock();
-    if (is_claimed)
+    if (looks)
         look_for_the_dead(q);
 }
 
@@ -459,7 +459,7 @@ static int get_locked(struct shmq *q, uint8_t *scratch, struct shmq_in *in)
     int rc = take_oldest(q, scratch, in);
     if (rc == SHMQ_EMPTY)
         rc = look_twice(q, scratch, in);
-    leave_after_get(q);
+    leave_after_get(q, rc);
     return rc;
 }
 
@@ -598,7 +598,7 @@ int shmq_get_batch_try(struct shmq *q, struct shmq_in *in, uint32_t *n)
     if (!try_side(q, SHMQ_CONSUMING))
         return SHMQ_BUSY;
     rc = get_batch_locked(q, in, n);
-    leave_after_get(q);
+    leave_after_get(q, rc);
     if (rc == SHMQ_OK)
         after_get(q);
     return rc;

@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 
-from shmqueue import ShmQueue
+from shmqueue import ShmQueue, ShmQueueEmpty
 
 KILLS = 200
 SIZES = (0, 10, 300, 4000, 5000, 20000)  # copied inside the lock up to 4096 bytes, outside from there on
@@ -201,26 +201,39 @@ def dies_decoding(q: ShmQueue[Any]) -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
 
 
+def get_all_nowait(q: ShmQueue[Any]) -> list[Any]:
+    got = []
+    while True:
+        try:
+            got.append(q.get_nowait())
+        except ShmQueueEmpty:
+            return got
+
+
+@pytest.mark.parametrize("n", [1, 5])
 @pytest.mark.parametrize(
     ("look", "seen"),
     [
-        (lambda q: q.qsize(), 5),
-        (lambda q: q.empty(), False),
-        (lambda q: q.snapshot().qsize, 5),
-        (lambda q: sorted(q.get(block=False) for _ in range(5)), [0, 1, 2, 3, 4]),
-        (lambda q: sorted(x for _ in range(5) for x in q.get_many(1, block=False)), [0, 1, 2, 3, 4]),
-        (lambda q: q.clear() or q.buffer_occupancy(), 0),
+        (ShmQueue[Any].qsize, len),
+        (ShmQueue[Any].empty, lambda items: False),
+        (lambda q: q.snapshot().qsize, len),
+        (lambda q: sorted(get_all_nowait(q)), list),
+        (lambda q: sorted(q.get_many(block=False) + get_all_nowait(q)), list),
+        (lambda q: q.clear() or q.buffer_occupancy(), lambda items: 0),
     ],
+    ids=["qsize", "empty", "snapshot", "get_nowait", "get_many", "clear"],
 )
-def test_what_a_dead_taker_held_shows_at_once(queue_name: str, look: Callable[[Any], Any], seen: Any) -> None:
+def test_what_a_dead_taker_held_shows_at_once(
+    queue_name: str, n: int, look: Callable[[Any], Any], seen: Callable[[Any], Any]
+) -> None:
     """Nobody waits here, so nobody sweeps by the way: each call has to look for the dead by itself."""
     with ShmQueue[Any](queue_name) as q:
         q.custom_serialize(lambda method, data: struct.pack("I", data))
         q.custom_deserialize(lambda method, chunks: struct.unpack("I", chunks[0])[0])
         for _ in range(10):
-            q.put_many(range(5), serialization_method=2000)
+            q.put_many(range(n), serialization_method=2000)
             dies_decoding(q)
-            assert look(q) == seen
+            assert look(q) == seen(range(n))
             q.clear()
             assert (q.qsize(), q.buffer_occupancy()) == (0, 0)
 
