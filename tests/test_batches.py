@@ -864,3 +864,38 @@ def test_a_partial_batch_wakes_consumers_while_its_producer_waits_for_room(queue
         asleep(consumer)
         assert q.put_many(bytes([i]) * 1000 for i in range(20)) == 20
         assert consumer.result() == [bytes([i]) * 1000 for i in range(20)]
+
+
+# ---- put_many that fails before it begins
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind"),
+    [
+        ({"timeout": -1}, exceptions.ShmQueueValueError),
+        ({"timeout": "1"}, exceptions.ShmQueueTypeError),
+        ({}, exceptions.ShmQueueNotInitializedError),
+    ],
+)
+@pytest.mark.parametrize("shape", [list, iter])
+def test_put_many_refused_at_once_has_all_of_them_remaining(
+    queue_name: str, arguments: dict[str, Any], kind: type[Exception], shape: Any
+) -> None:
+    with ShmQueue[int](queue_name) as q:
+        if kind is exceptions.ShmQueueNotInitializedError:
+            q.shutdown()
+        with pytest.raises(kind) as caught:
+            q.put_many(shape([1, 2, 3]), **arguments)
+        assert progress(caught.value) == (0, [1, 2, 3])
+
+
+def test_put_many_of_what_is_no_iterable_is_a_type_error(queue_name: str) -> None:
+    wrong = "items must be iterable, not int"
+    with ShmQueue[Any](queue_name) as q, pytest.raises(exceptions.ShmQueueTypeError, match=wrong):
+        q.put_many(5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("max_items", [(), (1, 2), "3"])
+def test_max_items_that_is_no_int_is_a_type_error(queue_name: str, max_items: Any) -> None:
+    with ShmQueue[Any](queue_name) as q, pytest.raises(exceptions.ShmQueueTypeError, match="max_items must be an int"):
+        q.get_many(max_items)

@@ -10,6 +10,7 @@ import logging
 import logging.handlers
 import multiprocessing
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from typing import Any
 
 import pytest
 
-from shmqueue import ShmQueue
+from shmqueue import ShmQueue, ShmQueueNotInitializedError
 
 METHODS = ["fork", "spawn", "forkserver"]
 
@@ -67,6 +68,16 @@ def exit_code(pid: int) -> int:
 
 def segment_exists(name: str) -> bool:
     return os.path.exists(f"/dev/shm/shmqueue.{name}")
+
+
+def test_a_closed_handle_is_not_passed_on_and_not_entered(queue_name: str) -> None:
+    q = ShmQueue[Any](queue_name)
+    q.shutdown()
+    with pytest.raises(ShmQueueNotInitializedError):
+        pickle.dumps(q)
+    with pytest.raises(ShmQueueNotInitializedError), q:
+        pass
+    assert not segment_exists(queue_name)
 
 
 # ---- multiprocessing

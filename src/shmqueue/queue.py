@@ -90,6 +90,8 @@ class ShmQueue(_core.Handle[T]):
         track_resources: bool = False,
         strict_types: bool = False,
     ) -> None:
+        if logger is not None and not hasattr(logger, "log"):
+            raise exc.ShmQueueTypeError(f"logger must be a logging.Logger, not {type(logger).__name__}")
         self._name = queue_name
         self._path = names.segment_path(queue_name)
         self._options: dict[str, Any] = {
@@ -136,7 +138,8 @@ class ShmQueue(_core.Handle[T]):
         return self._refs()
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(queue_name={self._name}, buffer_size={self._capacity})"
+        end = "" if self._is_open() else ", shut down"
+        return f"{type(self).__name__}(queue_name={self._name}, buffer_size={self._capacity}{end})"
 
     def snapshot(self) -> ShmRefDataSnapshot:
         """Return positions and counts, all of the same instant."""
@@ -244,6 +247,7 @@ class ShmQueue(_core.Handle[T]):
             self._leave(now=False)
 
     def __enter__(self) -> ShmQueue[T]:
+        self._must_be_open()
         return self
 
     def __exit__(
@@ -252,6 +256,7 @@ class ShmQueue(_core.Handle[T]):
         self.shutdown()
 
     def __reduce__(self) -> tuple[Any, ...]:
+        self._must_be_open()  # opened elsewhere it would be another queue, perhaps
         return _reopen, (type(self), self._name, self._options)
 
     def set_console_handlers(self, register_atexit: bool = False) -> None:
@@ -319,8 +324,13 @@ class ShmQueue(_core.Handle[T]):
             )
         return seconds
 
-    def _put_so_far(self, error: BaseException, accepted: int, left: list[T], rest: Iterator[T]) -> None:
-        exc.with_progress(error, accepted, chain(left, rest))
+    def _iterate(self, items: Any) -> Iterator[T]:
+        if not hasattr(type(items), "__iter__") and not hasattr(type(items), "__getitem__"):
+            raise exc.ShmQueueTypeError(f"{self._who}: items must be iterable, not {type(items).__name__}")
+        return iter(items)
+
+    def _put_so_far(self, error: BaseException, accepted: int, left: list[T] | None, rest: Iterator[T]) -> None:
+        exc.with_progress(error, accepted, chain(left or (), rest))
 
     @property
     def _who(self) -> str:
@@ -342,12 +352,19 @@ class ShmQueue(_core.Handle[T]):
             self._busy(size)
         if status == _core.CLOSED:
             lifecycle.end_thread_if_exiting()
-            raise exc.ShmQueueNotInitializedError(f"{self._who}: the handle has been shut down; open a new one")
+            self._closed()
         if status == _core.GONE:
             raise exc.ShmQueueNotInitializedError(
                 f"{self._who}: its segment was removed before this forked process used it; open a new handle"
             )
         self._raise_fault(status, self._fault(), "use")
+
+    def _must_be_open(self) -> None:
+        if not self._is_open():
+            self._closed()
+
+    def _closed(self) -> NoReturn:
+        raise exc.ShmQueueNotInitializedError(f"{self._who}: the handle has been shut down; open a new one")
 
     def _too_big(self, size: int) -> NoReturn:
         if size > 2**32 + SIZE_HEADER:

@@ -54,7 +54,7 @@ static int parse_wait(struct handle *self, PyObject *block, PyObject *timeout, s
         w->timeout = NULL;
         return 0;
     }
-    PyObject *seconds = PyObject_CallMethod((PyObject *)self, "_seconds", "O", timeout);
+    PyObject *seconds = PyObject_CallMethod((PyObject *)self, "_seconds", "(O)", timeout);
     w->seconds = seconds != NULL ? PyFloat_AsDouble(seconds) : -1;
     Py_XDECREF(seconds);
     return PyErr_Occurred() ? -1 : 0;
@@ -195,11 +195,13 @@ SHMQ_COLD static int send_batch(struct handle *self, struct batch *b, uint32_t *
     return rc;
 }
 
-/* The exception that is set learns how far we came: the items not put, then the rest of the iterable. A signal handler
+/* The exception that is set learns how far we came: the items not put (NULL: none), then the rest of the iterable. A signal handler
  * may raise meanwhile; then that is what the caller gets, and it learns the same. */
 static void describe_rest(struct handle *self, PyObject *left, PyObject *rest, Py_ssize_t accepted)
 {
     PyObject *type, *error, *trace, *result = NULL;
+    if (left == NULL)
+        left = Py_None;
     for (int tries = 0; tries < 10 && result == NULL; tries++) {
         PyErr_Fetch(&type, &error, &trace);
         PyErr_NormalizeException(&type, &error, &trace);
@@ -286,14 +288,19 @@ static PyObject *handle_put_many(struct handle *self, PyObject *const *args, Py_
     uint64_t deadline;
     Py_ssize_t accepted = 0;
     int more = 0;
-    if (parse("put_many", names, 4, 1, args, nargs, kwnames, v) < 0 || parse_wait(self, v[1], v[2], &w) < 0 ||
-        ready(self) < 0)
+    if (parse("put_many", names, 4, 1, args, nargs, kwnames, v) < 0)
         return NULL;
-    PyObject *iterator = PyObject_GetIter(v[0]);
+    PyObject *iterator = PyObject_CallMethod((PyObject *)self, "_iterate", "(O)", v[0]);
+    if (iterator != NULL && (parse_wait(self, v[1], v[2], &w) < 0 || ready(self) < 0)) {
+        describe_rest(self, NULL, iterator, 0);
+        Py_CLEAR(iterator);
+    }
     struct batch *b = iterator ? PyMem_Malloc(sizeof *b) : NULL;
-    if (iterator != NULL && b == NULL)
+    if (iterator == NULL)
+        return NULL;
+    if (b == NULL)
         PyErr_NoMemory();
-    if (b != NULL) /* what a generator gave must not wait in here for its next item */
+    else /* what a generator gave must not wait in here for its next item */
         b->max = PyList_CheckExact(v[0]) || PyTuple_CheckExact(v[0]) || PyRange_Check(v[0]) ? SHMQ_MAX_BATCH : 1;
     deadline = deadline_of(&w);
     while (b != NULL && more == 0)
@@ -552,7 +559,7 @@ static PyObject *handle_get_many(struct handle *self, PyObject *const *args, Py_
         ready(self) < 0)
         return NULL;
     if (v[0] != NULL && v[0] != Py_None) {
-        PyObject *checked = PyObject_CallMethod((PyObject *)self, "_max_items", "O", v[0]);
+        PyObject *checked = PyObject_CallMethod((PyObject *)self, "_max_items", "(O)", v[0]);
         if (checked == NULL)
             return NULL;
         max = PyLong_AsSsize_t(checked);
