@@ -9,6 +9,7 @@
 #include <string.h>
 
 #define BYTE0_TIMEOUT_NS UINT64_C(5000000000)
+#define BYTE0_SLICE_NS UINT64_C(50000000) /* then it is time to look for signals */
 #define BYTE0_PAUSE_NS UINT64_C(1000000) /* the kernel has no lock with a timeout; only attach and detach wait so */
 #define GENERATION_BITS 53
 #define MAX_CAPACITY (UINT64_C(1) << 46) /* two mappings of it fit into an address space */
@@ -131,25 +132,29 @@ bool shmq_ref_drop(struct shmq *q)
 
 /* ---- byte 0 */
 
-/* Lock byte 0 of fd's file. OK | BUSY (fault->found: the pid that has it) | SYSTEM */
+/* Lock byte 0 of fd's file. OK | BUSY (fault->found: the pid that has it) | SYSTEM. Doesn't wait, as a fork must not
+ * have to wait meanwhile: see pause_for_byte0(). */
 static int lock_byte0(int fd, struct shmq_fault *fault)
 {
-    uint64_t deadline = shmq_now_ns() + BYTE0_TIMEOUT_NS;
     struct {
         struct shmq_segment_hdr hdr;
         struct shmq_waiters_hdr waiters;
     } head;
-    int rc;
-    while ((rc = port_lock_byte(fd, 0)) == EAGAIN && shmq_now_ns() < deadline) {
-        _Atomic uint32_t never = 0;
-        port_sleep(&never, 0, BYTE0_PAUSE_NS);
-    }
+    int rc = port_lock_byte(fd, 0);
     if (rc == 0)
         return SHMQ_OK;
     if (rc != EAGAIN)
         return fail_system(fault, "lock", rc);
     uint32_t pid = port_read(fd, &head, sizeof head) == 0 ? head.waiters.busy_pid : 0;
     return fail(fault, SHMQ_BUSY, "attach", pid, 0, 0);
+}
+
+/* Before the next try, with the fork guard let go of. False: too late. */
+static bool pause_for_byte0(uint64_t until_ns)
+{
+    _Atomic uint32_t never = 0;
+    port_sleep(&never, 0, BYTE0_PAUSE_NS);
+    return shmq_now_ns() < until_ns;
 }
 
 /* Does the name still lead to the file that fd has open? Asked under byte 0. */
@@ -385,7 +390,8 @@ static void drop_files(struct shmq *q)
     drop_probe(q);
 }
 
-int shmq_open(struct shmq **out, const char *path, uint64_t capacity, uint32_t mode, struct shmq_fault *fault)
+int shmq_open(struct shmq **out, const char *path, uint64_t capacity, uint32_t mode, uint64_t deadline_ns,
+              struct shmq_fault *fault)
 {
     *out = NULL;
     struct shmq *q = calloc(1, sizeof *q);
@@ -397,7 +403,8 @@ int shmq_open(struct shmq **out, const char *path, uint64_t capacity, uint32_t m
     q->may_spin = port_cpus() > 1;
     port_cookie();
     int rc = SHMQ_SYSTEM;
-    for (int tries = 0; tries < 100; tries++) { /* each round lost means that somebody else came or went */
+    uint64_t slice = shmq_now_ns() + BYTE0_SLICE_NS;
+    for (int tries = 0; tries < 100;) {
         port_fork_guard();
         rc = attach(q, capacity, fault);
         if (rc == SHMQ_SYSTEM && fault->error == ENOENT) {
@@ -405,10 +412,15 @@ int shmq_open(struct shmq **out, const char *path, uint64_t capacity, uint32_t m
             rc = create(q, capacity, mode, fault);
         }
         port_fork_unguard();
+        if (rc == SHMQ_BUSY && pause_for_byte0(slice < deadline_ns ? slice : deadline_ns))
+            continue;
         if (rc != SHMQ_SYSTEM || (fault->error != ENOENT && fault->error != EEXIST))
             break;
+        tries++; /* a round lost means that somebody else came or went */
         drop_files(q);
     }
+    if (rc == SHMQ_BUSY && shmq_now_ns() < deadline_ns)
+        rc = SHMQ_INTR;
     if (rc == SHMQ_OK) {
         *out = q;
         return SHMQ_OK;
@@ -424,13 +436,16 @@ int shmq_open(struct shmq **out, const char *path, uint64_t capacity, uint32_t m
 /* For the end of an attachment that nobody was left to end: a fork's that didn't happen, or whose handle was closed. */
 static void unlink_if_unused(struct shmq *q)
 {
+    uint64_t deadline = shmq_now_ns() + BYTE0_TIMEOUT_NS;
     struct shmq_fault fault;
     struct port_file file;
-    int fd;
+    int fd, rc;
     if (port_open(q->path, &fd) != 0)
         return;
-    if (port_stat(fd, &file) == 0 && is_same_file(&file, &q->file) && lock_byte0(fd, &fault) == SHMQ_OK) {
-        if (is_named(fd, q->path) && !is_anyone_live(fd, NO_SLOT_OF_OURS))
+    if (port_stat(fd, &file) == 0 && is_same_file(&file, &q->file)) {
+        while ((rc = lock_byte0(fd, &fault)) == SHMQ_BUSY && pause_for_byte0(deadline))
+            ;
+        if (rc == SHMQ_OK && is_named(fd, q->path) && !is_anyone_live(fd, NO_SLOT_OF_OURS))
             port_unlink(q->path);
         port_unlock_byte(fd, 0);
     }
@@ -495,15 +510,12 @@ int shmq_fork_child(struct shmq *q)
     return rc == 0 ? SHMQ_OK : fail_system(&q->fault, "pin", rc);
 }
 
-int shmq_adopt(struct shmq *q)
+static int try_to_adopt(struct shmq *q)
 {
     struct port_file file;
-    int fd, rc;
-    if (q->seg == NULL || shmq_is_closing(q))
-        return SHMQ_CLOSED;
-    if (port_open(q->path, &fd) != 0)
-        return SHMQ_GONE;
-    port_fork_guard();
+    int fd, rc = port_open(q->path, &fd);
+    if (rc != 0)
+        return rc == ENOENT ? SHMQ_GONE : fail_system(&q->fault, "open", rc);
     rc = port_stat(fd, &file) == 0 && is_same_file(&file, &q->file) ? lock_byte0(fd, &q->fault) : SHMQ_GONE;
     if (rc == SHMQ_OK && !is_named(fd, q->path))
         rc = SHMQ_GONE;
@@ -511,7 +523,20 @@ int shmq_adopt(struct shmq *q)
         atomic_store(&q->calls, 0);
     port_unlock_byte(fd, 0);
     port_close(fd);
-    port_fork_unguard();
+    return rc;
+}
+
+int shmq_adopt(struct shmq *q)
+{
+    uint64_t deadline = shmq_now_ns() + BYTE0_TIMEOUT_NS;
+    int rc;
+    if (q->seg == NULL || shmq_is_closing(q))
+        return SHMQ_CLOSED;
+    do {
+        port_fork_guard();
+        rc = try_to_adopt(q);
+        port_fork_unguard();
+    } while (rc == SHMQ_BUSY && pause_for_byte0(deadline));
     return rc;
 }
 
@@ -526,8 +551,8 @@ static void let_go_of_slot(struct shmq *q)
     q->pin = NULL;
 }
 
-/* Under byte 0: unlink unless somebody else lives; then let go of the slot if asked. */
-static int unlink_if_last(struct shmq *q, bool let_go)
+/* Under byte 0: unlink unless somebody else lives; then let go of the slot if asked. BUSY: none of it. */
+static int try_to_unlink(struct shmq *q, bool let_go)
 {
     struct port_file file;
     int fd, rc = port_open(q->path, &fd);
@@ -538,6 +563,10 @@ static int unlink_if_last(struct shmq *q, bool let_go)
         return SHMQ_OK;
     }
     rc = lock_byte0(fd, &q->fault);
+    if (rc == SHMQ_BUSY) {
+        port_close(fd);
+        return rc;
+    }
     if (rc == SHMQ_OK && is_named(fd, q->path)) {
         atomic_store_explicit(&q->seg->waiters.busy_pid, port_pid(), memory_order_relaxed);
         int error = is_anyone_live(fd, shmq_slot_of(q->self)) ? 0 : port_unlink(q->path);
@@ -552,6 +581,18 @@ static int unlink_if_last(struct shmq *q, bool let_go)
     return rc;
 }
 
+static int unlink_if_last(struct shmq *q, bool let_go)
+{
+    uint64_t deadline = shmq_now_ns() + BYTE0_TIMEOUT_NS;
+    int rc;
+    do {
+        port_fork_guard();
+        rc = try_to_unlink(q, let_go);
+        port_fork_unguard();
+    } while (rc == SHMQ_BUSY && pause_for_byte0(deadline));
+    return rc;
+}
+
 static bool is_ours(const struct shmq *q) /* or is the attachment our parent's? */
 {
     return atomic_load_explicit(port_cookie_page, memory_order_relaxed) == q->cookie;
@@ -563,9 +604,9 @@ int shmq_detach(struct shmq *q)
     if (atomic_exchange(&q->is_detached, true))
         return SHMQ_OK;
     if (is_ours(q)) {
-        port_fork_guard();
         drop_probe(q); /* first: unlinking needs a descriptor, and there may be no other left */
         rc = unlink_if_last(q, true);
+        port_fork_guard();
         let_go_of_slot(q);
         port_fork_unguard();
     }
@@ -577,10 +618,7 @@ int shmq_leave(struct shmq *q)
 {
     if (!is_ours(q) || atomic_load(&q->is_detached))
         return SHMQ_OK;
-    port_fork_guard();
-    int rc = unlink_if_last(q, false);
-    port_fork_unguard();
-    return rc;
+    return unlink_if_last(q, false);
 }
 
 void shmq_free(struct shmq *q)

@@ -80,9 +80,10 @@ struct shmq_info {
 /* ---- life --------------------------------------------------------------------------------------------------- */
 
 /* Attach to the segment at `path`, creating it with `capacity` bytes (a multiple of the page size) when there is
- * none. OK | VERSION | CORRUPT | SYSTEM | NO_SLOT | BUSY (somebody attaches since 5 s; found = its pid).
- * *out is NULL unless OK; *fault says what was wrong. */
-int shmq_open(struct shmq **out, const char *path, uint64_t capacity, uint32_t mode, struct shmq_fault *fault);
+ * none. OK | VERSION | CORRUPT | SYSTEM | NO_SLOT | BUSY (somebody attaches until the deadline; found = its pid) |
+ * INTR (time to look for a signal: call again). *out is NULL unless OK; *fault says what was wrong. */
+int shmq_open(struct shmq **out, const char *path, uint64_t capacity, uint32_t mode, uint64_t deadline_ns,
+              struct shmq_fault *fault);
 
 /* Detach: wakes this handle's sleeping calls; the last call to leave lets go of the slot, and the last
  * attachment unlinks the segment. Never waits for other threads. With `now` the unlinking doesn't wait for the calls

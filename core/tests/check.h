@@ -305,11 +305,22 @@ static inline void gets(struct shmq *q, uint32_t id)
     CHECK_EQ(got, id);
 }
 
+/* As a program does that nobody interrupts, for 5 s. */
+static inline int open_queue(struct shmq **q, const char *path, uint64_t capacity, uint32_t mode,
+                             struct shmq_fault *fault)
+{
+    uint64_t deadline = in_ms(5000);
+    int rc;
+    while ((rc = shmq_open(q, path, capacity, mode, deadline, fault)) == SHMQ_INTR)
+        ;
+    return rc;
+}
+
 static inline struct shmq *attach_to(const char *path, uint64_t capacity)
 {
     struct shmq *q;
     struct shmq_fault fault = {0};
-    int rc = shmq_open(&q, path, capacity, 0600, &fault);
+    int rc = open_queue(&q, path, capacity, 0600, &fault);
     if (rc != SHMQ_OK)
         check_failed(__FILE__, __LINE__, fault.what, rc, fault.error);
     return q;

@@ -231,7 +231,7 @@ static void try_everything(void)
     ends("clear", shmq_clear(q, in_ms(1)));
     try_puts();
     ends("info", shmq_info(q, &info));
-    if (random_below(8) == 0 && ends("open", shmq_open(&other, check_path, PAGE, 0600, &fault)) == SHMQ_OK)
+    if (random_below(8) == 0 && ends("open", open_queue(&other, check_path, PAGE, 0600, &fault)) == SHMQ_OK)
         shmq_free(other);
     ends("open", SHMQ_OK);
 }

@@ -8,6 +8,8 @@
 #define BATCH_BYTES (64 * 1024)      /* payload bytes after which a batch is sent off */
 #define LOOK_NS UINT64_C(2000000000) /* how long clear() and check() wait for a lock */
 
+#define ATTACH_NS UINT64_C(5000000000) /* and attaching for others that attach or detach */
+
 #define NO_ITEM -1
 
 /* size: bytes that a put needs, 0 for a get, NO_ITEM for anything else. */
@@ -25,8 +27,11 @@ SHMQ_COLD static PyObject *fail(struct handle *self, int status, int64_t size, P
 SHMQ_COLD static int ready(struct handle *self)
 {
     int rc = self->q == NULL ? SHMQ_CLOSED : shmq_usable(self->q);
-    if (rc == SHMQ_FORKED)
-        rc = shmq_adopt(self->q);
+    if (rc == SHMQ_FORKED) {
+        Py_CLEAR(self->kept); /* the parent's to raise */
+        Py_BEGIN_ALLOW_THREADS rc = shmq_adopt(self->q);
+        Py_END_ALLOW_THREADS
+    }
     if (rc == SHMQ_OK)
         return 0;
     fail(self, rc, NO_ITEM, NULL);
@@ -398,6 +403,8 @@ SHMQ_COLD static PyObject *to_object(struct handle *self, struct shmq_in *in)
 /* Raise the oldest of the errors that were kept. */
 static PyObject *raise_kept(struct handle *self)
 {
+    if (shmq_usable(self->q) == SHMQ_CLOSED)
+        return fail(self, SHMQ_CLOSED, 0, NULL);
     PyObject *error = Py_NewRef(PyList_GET_ITEM(self->kept, 0));
     if (PySequence_DelItem(self->kept, 0) == 0)
         PyErr_SetObject((PyObject *)Py_TYPE(error), error);
@@ -405,7 +412,21 @@ static PyObject *raise_kept(struct handle *self)
     return NULL;
 }
 
-static bool has_kept(const struct handle *self) { return self->kept != NULL && PyList_GET_SIZE(self->kept) > 0; }
+static bool has_kept(const struct handle *self)
+{
+    return self->kept != NULL && PyList_GET_SIZE(self->kept) > 0 && shmq_usable(self->q) != SHMQ_FORKED;
+}
+
+/* Is the exception that is set one that has an item's bytes? */
+static bool is_undecodable(void)
+{
+    PyObject *type, *error, *trace;
+    PyErr_Fetch(&type, &error, &trace);
+    PyErr_NormalizeException(&type, &error, &trace);
+    bool has_payload = PyObject_HasAttrString(error, "payload");
+    PyErr_Restore(type, error, trace);
+    return has_payload;
+}
 
 /* Keep the exception that is set for the next call. */
 static int keep_error(struct handle *self)
@@ -483,9 +504,24 @@ static PyObject *handle_next(struct handle *self)
 
 /* ---- get_many */
 
-/* Append the objects of a batch in hand. What follows one that fails goes back to the front. 0 or -1 */
+/* The exception that is set, such as Ctrl-C, learns what was taken before it. */
+static void describe_received(struct handle *self, PyObject *list)
+{
+    PyObject *type, *error, *trace;
+    PyErr_Fetch(&type, &error, &trace);
+    PyErr_NormalizeException(&type, &error, &trace);
+    PyObject *result = PyObject_CallMethod((PyObject *)self, "_got_so_far", "OO", error, list);
+    if (result == NULL)
+        PyErr_Clear(); /* one that takes no attributes */
+    Py_XDECREF(result);
+    PyErr_Restore(type, error, trace);
+}
+
+/* Append the objects of a batch in hand. What follows one that can't be decoded goes back to the front; after any other
+ * exception all of it does. 0 or -1 */
 static int append_batch(struct handle *self, PyObject *list, const struct shmq_in *in, uint32_t n)
 {
+    Py_ssize_t before = PyList_GET_SIZE(list);
     uint64_t process = shmq_process();
     uint32_t i = 0;
     int rc = 0;
@@ -498,6 +534,12 @@ static int append_batch(struct handle *self, PyObject *list, const struct shmq_i
         if (shmq_process() != process)
             return rc; /* decoding has forked, and this is the child: the batch is the parent's */
     }
+    if (rc < 0 && !is_undecodable()) { /* Ctrl-C, perhaps: as if nothing had happened */
+        PyObject *type, *error, *trace;
+        PyErr_Fetch(&type, &error, &trace);
+        i = PyList_SetSlice(list, before, PyList_GET_SIZE(list), NULL) == 0 ? 0 : i;
+        PyErr_Restore(type, error, trace);
+    }
     if (i < n)
         shmq_give_back_from(self->q, in[0].hand, in[i].pos);
     else
@@ -505,18 +547,23 @@ static int append_batch(struct handle *self, PyObject *list, const struct shmq_i
     return rc;
 }
 
+/* Append a batch of those that are there now, as far as it makes the list no longer than `max`. A status, or -1. */
+static int append_ready_batch(struct handle *self, PyObject *list, Py_ssize_t max)
+{
+    struct shmq_in in[SHMQ_MAX_BATCH];
+    Py_ssize_t room = max - PyList_GET_SIZE(list);
+    uint32_t n = room < (Py_ssize_t)SHMQ_MAX_BATCH ? (uint32_t)room : SHMQ_MAX_BATCH;
+    int rc = shmq_get_batch_try(self->q, in, &n);
+    return rc == SHMQ_OK ? append_batch(self, list, in, n) : rc;
+}
+
 /* Append up to `max` objects that are there now. A status (EMPTY: no more), or -1 with an exception. */
 static int append_ready(struct handle *self, PyObject *list, Py_ssize_t max)
 {
     struct wait now = DONT_WAIT;
-    struct shmq_in in[SHMQ_MAX_BATCH];
     uint64_t deadline = UNKNOWN;
     while (PyList_GET_SIZE(list) < max) {
-        Py_ssize_t room = max - PyList_GET_SIZE(list);
-        uint32_t n = room < (Py_ssize_t)SHMQ_MAX_BATCH ? (uint32_t)room : SHMQ_MAX_BATCH;
-        int rc = shmq_get_batch_try(self->q, in, &n);
-        if (rc == SHMQ_OK)
-            rc = append_batch(self, list, in, n);
+        int rc = append_ready_batch(self, list, max);
         if (rc == SHMQ_EMPTY || rc == SHMQ_BUSY) { /* the next one isn't of the plain kind, or there is none */
             PyObject *object = get_one(self, &now, &deadline, &rc);
             if (object != NULL)
@@ -534,8 +581,8 @@ static int fill_list(struct handle *self, PyObject *list, Py_ssize_t max, const 
 {
     uint64_t deadline = UNKNOWN;
     struct shmq_info info;
-    int rc = append_ready(self, list, max > 0 ? max : 1);
-    if ((rc == SHMQ_EMPTY || rc == SHMQ_BUSY) && PyList_GET_SIZE(list) == 0 && w->block) {
+    int rc = append_ready_batch(self, list, max > 0 ? max : (Py_ssize_t)SHMQ_MAX_BATCH);
+    if (rc == SHMQ_EMPTY || rc == SHMQ_BUSY) {
         PyObject *first = get_one(self, w, &deadline, &rc);
         if (first == NULL)
             return rc;
@@ -576,9 +623,14 @@ static PyObject *handle_get_many(struct handle *self, PyObject *const *args, Py_
     if (shmq_process() == process)
         shmq_let_go(self->q);
     if (list != NULL && PyList_GET_SIZE(list) > 0) {
-        if (rc < 0 && keep_error(self) < 0) /* it comes at the next call */
-            Py_CLEAR(list);
-        return list;
+        if (rc >= 0)
+            return list;
+        if (is_undecodable()) { /* it comes at the next call */
+            if (keep_error(self) == 0)
+                return list;
+        } else {
+            describe_received(self, list);
+        }
     }
     Py_XDECREF(list);
     return rc < 0 ? NULL : fail(self, rc, 0, w.timeout);
@@ -644,6 +696,7 @@ static PyObject *handle_clear(struct handle *self, PyObject *Py_UNUSED(none))
     } while (rc == SHMQ_INTR);
     if (rc != SHMQ_OK)
         return fail(self, rc, NO_ITEM, NULL);
+    Py_CLEAR(self->kept);
     Py_RETURN_NONE;
 }
 
@@ -729,8 +782,12 @@ static PyObject *handle_attach(struct handle *self, PyObject *args)
         PyErr_SetString(PyExc_RuntimeError, "already attached");
         return NULL;
     }
-    Py_BEGIN_ALLOW_THREADS rc = shmq_open(&self->q, path, capacity, mode, &fault);
-    Py_END_ALLOW_THREADS self->pack = codec_callable(pack);
+    uint64_t deadline = shmq_now_ns() + ATTACH_NS;
+    do {
+        Py_BEGIN_ALLOW_THREADS rc = shmq_open(&self->q, path, capacity, mode, deadline, &fault);
+        Py_END_ALLOW_THREADS if (rc == SHMQ_INTR && PyErr_CheckSignals() < 0) return NULL;
+    } while (rc == SHMQ_INTR);
+    self->pack = codec_callable(pack);
     self->pack_options = Py_NewRef(pack_options);
     self->unpack = codec_callable(unpack);
     return Py_BuildValue("(iO(sKKi))", rc, self->q != NULL && shmq_was_created(self->q) ? Py_True : Py_False,
@@ -767,13 +824,13 @@ static PyObject *handle_is_open(struct handle *self, PyObject *Py_UNUSED(none))
 /* ---- fork hooks: C functions, so that no signal handler can raise in the middle of them */
 
 /* Call `step` for each handle of a dict of weak references that is still there. */
-static PyObject *for_each_handle(PyObject *handles, void (*step)(struct shmq *q))
+static PyObject *for_each_handle(PyObject *handles, void (*step)(struct handle *self))
 {
     PyObject *references = PyDict_Values(handles);
     for (Py_ssize_t i = 0; references != NULL && i < PyList_GET_SIZE(references); i++) {
         PyObject *handle = PyObject_CallNoArgs(PyList_GET_ITEM(references, i));
         if (handle != NULL && handle != Py_None && ((struct handle *)handle)->q != NULL)
-            step(((struct handle *)handle)->q);
+            step((struct handle *)handle);
         Py_XDECREF(handle);
     }
     if (references == NULL)
@@ -782,8 +839,13 @@ static PyObject *for_each_handle(PyObject *handles, void (*step)(struct shmq *q)
     Py_RETURN_NONE;
 }
 
-static void before(struct shmq *q) { shmq_fork_before(q); }
-static void in_child(struct shmq *q) { shmq_fork_child(q); } /* where it fails, the first call attaches */
+static void before(struct handle *self) { shmq_fork_before(self->q); }
+static void in_parent(struct handle *self) { shmq_fork_parent(self->q); }
+static void in_child(struct handle *self)
+{
+    Py_CLEAR(self->kept);     /* the parent's to raise */
+    shmq_fork_child(self->q); /* where it fails, the first call attaches */
+}
 
 PyObject *handles_before_fork(PyObject *Py_UNUSED(module), PyObject *handles)
 {
@@ -792,7 +854,7 @@ PyObject *handles_before_fork(PyObject *Py_UNUSED(module), PyObject *handles)
 
 PyObject *handles_after_fork_in_parent(PyObject *Py_UNUSED(module), PyObject *handles)
 {
-    return for_each_handle(handles, shmq_fork_parent);
+    return for_each_handle(handles, in_parent);
 }
 
 PyObject *handles_after_fork_in_child(PyObject *Py_UNUSED(module), PyObject *handles)
