@@ -899,3 +899,58 @@ def test_put_many_of_what_is_no_iterable_is_a_type_error(queue_name: str) -> Non
 def test_max_items_that_is_no_int_is_a_type_error(queue_name: str, max_items: Any) -> None:
     with ShmQueue[Any](queue_name) as q, pytest.raises(exceptions.ShmQueueTypeError, match="max_items must be an int"):
         q.get_many(max_items)
+
+
+# ---- get_many that is interrupted, and errors kept for the next call
+
+
+def put_with_one_raising(q: ShmQueue[Any], n: int, bad: int, error: type[BaseException]) -> None:
+    def deserialize(method: int, chunks: list[memoryview]) -> int:
+        number = int(bytes(chunks[0]))
+        if number == bad:
+            raise error
+        return number
+
+    q.custom_serialize(lambda method, data: str(data).encode())
+    q.custom_deserialize(deserialize)
+    q.put_many(range(n), serialization_method=MY_METHOD)
+
+
+def test_ctrl_c_in_get_many_comes_at_once_and_leaves_the_batch(q: ShmQueue[Any]) -> None:
+    put_with_one_raising(q, 10, 5, KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        q.get_many()
+    assert q.qsize() == 10
+
+
+def test_what_came_before_the_interrupted_batch_is_in_the_exception(q: ShmQueue[Any]) -> None:
+    put_with_one_raising(q, 100, 90, KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        q.get_many()
+    assert caught.value.received == list(range(100 - q.qsize()))  # type: ignore[attr-defined]
+
+
+def test_a_kept_error_is_its_processes_alone(q: ShmQueue[Any]) -> None:
+    put_with_one_raising(q, 3, 1, ValueError)
+    assert q.get_many() == [0]
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0 if q.get(timeout=10) == 2 else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    with pytest.raises(exceptions.ShmQueueDeserializationError) as caught:
+        q.get_nowait()
+    assert caught.value.payload == b"1"
+
+
+def test_a_kept_error_goes_with_clear_and_shutdown(q: ShmQueue[Any]) -> None:
+    put_with_one_raising(q, 3, 1, ValueError)
+    assert q.get_many() == [0]
+    q.clear()
+    with pytest.raises(exceptions.ShmQueueEmpty):
+        q.get_nowait()
+    q.put_many(range(3), serialization_method=MY_METHOD)
+    assert q.get_many() == [0]
+    q.shutdown()
+    for call in (q.get_nowait, q.get_many):
+        with pytest.raises(exceptions.ShmQueueNotInitializedError):
+            call()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import functools
 import mmap
 import os
@@ -1283,3 +1284,120 @@ def test_msgpack_of_a_lying_length_is_no_reason_to_allocate_it(queue_name: str, 
                 patch_payload(SHM / f"shmqueue.{queue_name}.2", 0, head + b"\xff" * 4 + bytes(11))
                 assert run(program, queue_name + ".2") == "ShmQueueDeserializationError 16\n"
         assert msgpack.unpackb(msgpack.packb(1)) == 1
+
+
+# ---- found by attacks
+
+F_OFD_SETLK = 37  # Python's fcntl has no name for it
+
+
+@pytest.mark.parametrize("options", [{}, {"allow_pickle": False}, {"strict_types": True}], ids=str)
+@pytest.mark.parametrize("kind", ["list", "dict", "tuple"])
+@pytest.mark.parametrize("levels", [*range(1015, 1030)])
+def test_what_put_takes_get_can_decode_at_any_depth(
+    queue_name: str, options: dict[str, Any], kind: str, levels: int
+) -> None:
+    item: Any = []
+    for _ in range(levels - 1):
+        item = {"list": [item], "dict": {"a": item}, "tuple": (item,)}[kind]
+    with ShmQueue[Any](queue_name, buffer_size=1 << 16, **options) as q:
+        try:
+            q.put(item)
+        except exceptions.ShmQueueSerializationError:
+            assert q.empty()
+        else:
+            q.get_nowait()
+
+
+class HandlersError(Exception):
+    pass
+
+
+def raise_it(number: int, frame: Any) -> None:
+    raise HandlersError
+
+
+def test_the_exception_of_a_signal_handler_is_not_taken_for_the_packers(queue_name: str) -> None:
+    before = signal.signal(signal.SIGALRM, raise_it)
+    try:
+        with ShmQueue[Any](queue_name, buffer_size=1 << 26, strict_types=True) as q:
+            item = [b"xxx"] * 2_000_000  # looked through in Python, for a while
+            signal.setitimer(signal.ITIMER_REAL, 0.05)
+            with pytest.raises(HandlersError):
+                q.put(item)
+            assert q.empty()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_one_stopped_while_attaching_holds_up_nobody_else(queue_name: str, path: Path) -> None:
+    """It has byte 0 locked. Neither forks nor other queues wait, and Ctrl-C interrupts who does."""
+
+    def wait_in_vain() -> None:
+        with pytest.raises(exceptions.ShmQueueRuntimeError):
+            ShmQueue[Any](queue_name)
+
+    with ShmQueue[Any](queue_name) as q, ShmQueue[Any](queue_name + ".other") as other:
+        fd = os.open(path, os.O_RDWR)
+        lock = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 1, 0)
+        fcntl.fcntl(fd, F_OFD_SETLK, lock)
+        waiter = threading.Thread(target=wait_in_vain)
+        waiter.start()
+        try:
+            time.sleep(0.1)
+            start = time.monotonic()
+            pid = os.fork()
+            if pid == 0:
+                os._exit(0)
+            os.waitpid(pid, 0)
+            with ShmQueue[Any](queue_name + ".other") as third:
+                assert third.refs == 2
+            other.put(1)
+            assert q.qsize() == 0
+            before = signal.signal(signal.SIGALRM, raise_it)
+            signal.setitimer(signal.ITIMER_REAL, 0.1)
+            try:
+                with pytest.raises(HandlersError):
+                    ShmQueue[Any](queue_name)
+            finally:
+                signal.signal(signal.SIGALRM, before)
+            assert time.monotonic() - start < 2.0
+        finally:
+            waiter.join()
+            os.close(fd)
+
+
+def test_timeouts_beyond_any_float_are_told_of_other_errors(q: ShmQueue[Any]) -> None:
+    with pytest.raises(exceptions.ShmQueueValueError, match="takes 5011 bytes"):
+        q.put(bytes(5000), timeout=10**400)
+    q.shutdown()
+    with pytest.raises(exceptions.ShmQueueNotInitializedError):
+        q.get(timeout=10**400)
+
+
+def test_a_handle_is_opened_once(q: ShmQueue[Any], queue_name: str) -> None:
+    with pytest.raises(exceptions.ShmQueueRuntimeError, match="is open already"):
+        q.__init__(queue_name + ".other")  # type: ignore[misc]
+    assert q.identifier == queue_name
+
+
+def test_a_logger_that_is_none_is_a_type_error(queue_name: str) -> None:
+    with pytest.raises(exceptions.ShmQueueTypeError, match=r"logger must be .* not str"):
+        ShmQueue(queue_name, logger="bad")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_the_resource_tracker_of_a_family_says_nothing(queue_name: str, method: str, tmp_path: Path) -> None:
+    program = tmp_path / "family.py"
+    program.write_text(
+        "import multiprocessing, shmqueue\n"
+        "def child():\n"
+        f"    with shmqueue.ShmQueue({queue_name!r}, track_resources=True) as q: q.put(1)\n"
+        "if __name__ == '__main__':\n"
+        f"    q = shmqueue.ShmQueue({queue_name!r}, track_resources=True)\n"
+        f"    p = multiprocessing.get_context({method!r}).Process(target=child)\n"
+        "    p.start(); p.join(); assert q.get(timeout=5) == 1; q.shutdown()\n"
+    )
+    done = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -145,7 +145,7 @@ def handle_signals(queue: ShmQueue[Any]) -> None:
 # ---- the resource tracker
 
 
-_tracked: Counter[str] = Counter()  # this process's handles; the tracker itself doesn't count
+_tracked: Counter[str] = Counter()  # this process's handles
 
 
 def track(path: str) -> None:
@@ -155,10 +155,11 @@ def track(path: str) -> None:
 
 
 def untrack(path: str) -> None:
-    """A forked child's inherited handle was registered by its parent, which will also unregister it."""
+    """After the detach. A process and its children have one tracker, which counts nothing: so the name is unregistered
+    by whose detach removed the segment. A forked child's inherited handle was registered by its parent."""
     if _tracked[path] > 0:
         _tracked[path] -= 1
-        if _tracked[path] == 0:
+        if not os.path.lexists(path):
             resource_tracker.unregister(_tracked_name(path), "shared_memory")
 
 

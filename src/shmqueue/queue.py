@@ -7,6 +7,7 @@ and ``_failed``. Forks, exits and signals are in ``lifecycle``.
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import mmap
@@ -92,6 +93,8 @@ class ShmQueue(_core.Handle[T]):
     ) -> None:
         if logger is not None and not hasattr(logger, "log"):
             raise exc.ShmQueueTypeError(f"logger must be a logging.Logger, not {type(logger).__name__}")
+        if self._is_open():
+            raise exc.ShmQueueRuntimeError(f"{self!r} is open already; make another handle")
         self._name = queue_name
         self._path = names.segment_path(queue_name)
         self._options: dict[str, Any] = {
@@ -220,10 +223,10 @@ class ShmQueue(_core.Handle[T]):
         if not self._is_open():
             return
         refs = self._refs_or(1) - 1 if self._options["debug_ref_to_file_log"] else 0
-        if self._options["track_resources"]:
-            lifecycle.untrack(self._path)
         status = self._close(now)
         lifecycle.unregister(self)
+        if self._options["track_resources"]:
+            lifecycle.untrack(self._path)
         if self._options["debug_ref_to_file_log"]:
             self._journal(reflog.DebugRefLogAction.SHUTDOWN, refs)
         if status != _core.OK:
@@ -332,13 +335,18 @@ class ShmQueue(_core.Handle[T]):
     def _put_so_far(self, error: BaseException, accepted: int, left: list[T] | None, rest: Iterator[T]) -> None:
         exc.with_progress(error, accepted, chain(left or (), rest))
 
+    def _got_so_far(self, error: BaseException, items: list[T]) -> None:
+        vars(error).update(received=items)
+
     @property
     def _who(self) -> str:
         return f"queue {self._name!r}"
 
     def _failed(self, status: int, size: int, timeout: float | None) -> NoReturn:
         """Raise what a status means. size: bytes that a put needs, 0 for a get, -1 for anything else."""
-        within = "" if timeout is None else f" within {float(timeout):g} s"
+        within = ""
+        if status in (_core.FULL, _core.EMPTY) and timeout is not None:
+            within = f" within {float(timeout):g} s"
         if status == _core.FULL:
             raise exc.ShmQueueFull(
                 f"{self._who}: no room for {size} bytes{within} "
@@ -407,7 +415,7 @@ class ShmQueue(_core.Handle[T]):
             raise exc.ShmQueueRuntimeError(f"{who}: all {allowed} attachments are in use; share handles, or close some")
         if status == _core.BUSY:
             raise exc.ShmQueueRuntimeError(f"{who}: process {found} has been attaching or detaching for 5 s")
-        sizes = f" ({found} bytes needed, {allowed} free in /dev/shm)" if found else ""
+        sizes = f" ({found} bytes needed, {allowed} free in /dev/shm)" if error == errno.ENOSPC and found else ""
         raise exc.system_error(error, f"{who}: cannot {doing}: {what} of {path} failed: {os.strerror(error)}{sizes}")
 
 

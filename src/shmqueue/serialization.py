@@ -79,6 +79,9 @@ ALIGNMENT = 64
 # The two meet at about 48 KiB; from 256 KiB on, where malloc turns to mmap, it saves 9 parts of 10.
 OUT_OF_BAND_SIZE = 32 * 1024
 
+MSGPACK_LEVELS = 1024
+_CONTAINER_HEADS = bytes([*range(0x80, 0xA0), *range(0xDC, 0xE0)])
+
 _BYTES_TYPES = frozenset({bytes, bytearray, memoryview})
 _MSGPACK_TYPES = _BYTES_TYPES | {
     type(None), bool, int, float, str, list, tuple, dict, msgpack.ExtType, msgpack.Timestamp
@@ -181,9 +184,7 @@ def _encode_default(data: Any, allow_pickle: bool, strict_types: bool) -> tuple[
     if kind in _MSGPACK_TYPES:
         try:
             return SerializationMethods.MSGPACK, False, (_pack(data, None, strict_types),)
-        except MemoryError:
-            raise
-        except Exception:
+        except (TypeError, ValueError, OverflowError, RecursionError, BufferError):
             if strict_types and not allow_pickle:
                 raise
     if allow_pickle:
@@ -201,7 +202,17 @@ def _pack(data: Any, _default: None, strict_types: int) -> bytes:
         buf_size=512,  # the default, 256 KiB, takes longer to get than a small item to pack
     )
     packed: bytes = packer.pack(data)
+    if len(packed) > MSGPACK_LEVELS:
+        _check_levels(packed)
     return _checked(packed, data) if strict_types else packed
+
+
+def _check_levels(packed: bytes) -> None:
+    """Raise a ValueError if ``packed`` has more levels than msgpack unpacks; it packs one more."""
+    if len(packed) - len(packed.translate(None, _CONTAINER_HEADS)) > MSGPACK_LEVELS:
+        unpacker = msgpack.Unpacker(max_buffer_size=0)
+        unpacker.feed(packed)
+        unpacker.skip()
 
 
 def _pack_strictly(data: Any, _default: None, option: int) -> bytes:

@@ -25,6 +25,15 @@ static PyObject *call(const struct callable *c, PyObject *const *args, Py_ssize_
     return PyObject_Vectorcall(c->object, args, (size_t)nargs, NULL);
 }
 
+/* Is the exception that is set what packers and unpackers raise for what they can't do? Anything else may be a signal
+ * handler's, and passes. */
+static bool is_refusal(void)
+{
+    return PyErr_ExceptionMatches(PyExc_TypeError) || PyErr_ExceptionMatches(PyExc_ValueError) ||
+           PyErr_ExceptionMatches(PyExc_OverflowError) || PyErr_ExceptionMatches(PyExc_RecursionError) ||
+           PyErr_ExceptionMatches(PyExc_BufferError);
+}
+
 /* ---- msgpack's bin format, so that bytes are copied once */
 
 static size_t bin_head(uint8_t *head, size_t len)
@@ -112,7 +121,7 @@ int codec_encode(struct handle *self, PyObject *data, PyObject *method, struct e
             e->out = shmq_out(e->inline_parts, 1, METHOD_MSGPACK, false);
             return 0;
         }
-        if (!PyErr_ExceptionMatches(PyExc_Exception) || PyErr_ExceptionMatches(PyExc_MemoryError))
+        if (!is_refusal())
             return -1;
         PyErr_Clear();
     } else if (PyErr_Occurred()) {
@@ -179,7 +188,7 @@ PyObject *codec_decode(struct handle *self, uint32_t method, uint32_t phase, PyO
         PyObject *object = call(&self->unpack, &payload, 1);
         if (object != NULL)
             return object;
-        if (!PyErr_ExceptionMatches(PyExc_Exception) || PyErr_ExceptionMatches(PyExc_MemoryError))
+        if (!is_refusal())
             return NULL;
         PyErr_Clear();
     }

@@ -63,7 +63,8 @@ PyDoc_STRVAR(get_many_doc,
 "    A list of 1..max_items items.\n"
 "Raises:\n"
 "    As get() does. When a later item than the first can't be turned back, those before it are returned, the\n"
-"    error comes at the next call, and what follows it stays in the queue.");
+"    error comes at the next call, and what follows it stays in the queue. Any other exception, such as Ctrl-C's,\n"
+"    comes at once; items taken before it are in its `.received`, if there were any.");
 
 PyDoc_STRVAR(qsize_doc, "qsize($self)\n--\n\nItems put and not yet taken, at the instant of the call.");
 PyDoc_STRVAR(empty_doc, "empty($self)\n--\n\nWhether there is no item, at the instant of the call.");
