@@ -551,6 +551,14 @@ static void let_go_of_slot(struct shmq *q)
     q->pin = NULL;
 }
 
+void shmq_keep_items(struct shmq *q) { q->keeps_items = true; }
+
+static bool has_items(struct shmq *q)
+{
+    struct shmq_info info;
+    return shmq_info(q, &info) == SHMQ_OK && (info.qsize > 0 || info.free_pos < info.get_pos); /* or claimed ones */
+}
+
 /* Under byte 0: unlink unless somebody else lives; then let go of the slot if asked. BUSY: none of it. */
 static int try_to_unlink(struct shmq *q, bool let_go)
 {
@@ -569,7 +577,8 @@ static int try_to_unlink(struct shmq *q, bool let_go)
     }
     if (rc == SHMQ_OK && is_named(fd, q->path)) {
         atomic_store_explicit(&q->seg->waiters.busy_pid, port_pid(), memory_order_relaxed);
-        int error = is_anyone_live(fd, shmq_slot_of(q->self)) ? 0 : port_unlink(q->path);
+        bool stays = is_anyone_live(fd, shmq_slot_of(q->self)) || (q->keeps_items && has_items(q));
+        int error = stays ? 0 : port_unlink(q->path);
         if (error != 0)
             rc = fail_system(&q->fault, "unlink", error);
     }

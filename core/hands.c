@@ -37,6 +37,21 @@ void shmq_hands_claim(const struct shmq_hands *h, int32_t i, uint64_t owner)
     SHMQ_FAILPOINT("hands:claimed"); /* dies here: swept back to nobody */
 }
 
+bool shmq_hands_split(const struct shmq_hands *h, int32_t i, uint64_t at, uint64_t self)
+{
+    struct shmq_hand_hdr *e = &h->entry[i];
+    int32_t rest = shmq_hands_take(h, at, shmq_hand_end(e), self); /* ours, so that nobody counts it twice */
+    if (rest < 0)
+        return false;
+    uint32_t deliveries = atomic_load_explicit(&e->deliveries, memory_order_relaxed);
+    atomic_store_explicit(&h->entry[rest].deliveries, deliveries, memory_order_relaxed);
+    SHMQ_FAILPOINT("hands:doubled"); /* dies here: the new entry is inside the old one, so it's void */
+    atomic_store_explicit(&e->end, at, memory_order_release);
+    SHMQ_FAILPOINT("hands:split"); /* dies here: the rest is swept back to nobody */
+    shmq_hands_give_back(h, rest);
+    return true;
+}
+
 void shmq_hands_free(const struct shmq_hands *h, int32_t i)
 {
     /* [R5] release, pairs with [A5] of who takes the room: our reads and writes of the record are over */
@@ -76,19 +91,23 @@ uint64_t shmq_hands_lowest(const struct shmq_hands *h, uint64_t limit)
     return limit;
 }
 
-uint32_t shmq_hands_owned(const struct shmq_hands *h)
+static bool is_inside_another(const struct shmq_hands *h, uint64_t pos)
 {
-    uint32_t n = 0;
-    for (uint32_t i = 0, top = shmq_hands_top(h); i < top; i++)
-        n += pos1_of(h, i) != 0 && shmq_hand_owner(&h->entry[i]) != 0;
-    return n;
+    for (uint32_t i = 0, top = shmq_hands_top(h); i < top; i++) {
+        uint64_t pos1 = pos1_of(h, i);
+        if (pos1 != 0 && pos1 - 1 < pos && pos < shmq_hand_end(&h->entry[i]))
+            return true;
+    }
+    return false;
 }
 
 void shmq_hands_void(const struct shmq_hands *h, uint64_t published)
 {
-    for (uint32_t i = 0, top = shmq_hands_top(h); i < top; i++)
-        if (pos1_of(h, i) > published)
+    for (uint32_t i = 0, top = shmq_hands_top(h); i < top; i++) {
+        uint64_t pos1 = pos1_of(h, i);
+        if (pos1 > published || (pos1 != 0 && is_inside_another(h, pos1 - 1)))
             shmq_hands_free(h, (int32_t)i);
+    }
 }
 
 bool shmq_hands_have_dead(const struct shmq_hands *h, shmq_is_dead_fn *is_dead, void *arg)

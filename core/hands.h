@@ -39,6 +39,10 @@ int32_t shmq_hands_take(const struct shmq_hands *h, uint64_t pos, uint64_t end, 
 /* Claim an entry that has no owner. Caller holds the side's lock. */
 void shmq_hands_claim(const struct shmq_hands *h, int32_t i, uint64_t owner);
 
+/* Split the run in entry i, which has no owner: the records from `at` on get an entry of their own. Caller holds the
+ * side's lock. False: there is no entry for them; nothing changed. */
+bool shmq_hands_split(const struct shmq_hands *h, int32_t i, uint64_t at, uint64_t self);
+
 /* Endings, one store each: the owner's, or with the side's lock held anybody's. */
 void shmq_hands_free(const struct shmq_hands *h, int32_t i);
 void shmq_hands_give_back(const struct shmq_hands *h, int32_t i);
@@ -51,10 +55,8 @@ void shmq_hands_trim(const struct shmq_hands *h);
 /* The lowest position in the table, or `limit` if that's lower. Takes no lock. */
 uint64_t shmq_hands_lowest(const struct shmq_hands *h, uint64_t limit);
 
-/* Entries with an owner. */
-uint32_t shmq_hands_owned(const struct shmq_hands *h);
-
-/* After taking the side's lock over: free the void entries, those at or beyond the published position. */
+/* After taking the side's lock over: free the void entries, those at or beyond the published position and those inside
+ * others. */
 void shmq_hands_void(const struct shmq_hands *h, uint64_t published);
 
 /* Does a dead owner hold something? Takes no lock. */

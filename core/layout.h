@@ -23,8 +23,9 @@
 #define SHMQ_FORMAT 1u
 #define SHMQ_SLOTS 512u
 #define SHMQ_R_ENTRIES 128u
-#define SHMQ_H_ENTRIES 768u
-#define SHMQ_H_CLAIMS (SHMQ_H_ENTRIES - SHMQ_R_ENTRIES) /* the rest is kept for passed reservations */
+#define SHMQ_H_ENTRIES 1216u
+#define SHMQ_H_SPLITS 64u /* kept for splitting runs of records, and as many as R has for passed reservations */
+#define SHMQ_H_CLAIMS (SHMQ_H_ENTRIES - SHMQ_H_SPLITS - SHMQ_R_ENTRIES)
 #define SHMQ_RECORD_HDR 8u
 #define SHMQ_LINE 64 /* bytes; groups are two lines apart, since lines are prefetched in pairs */
 
@@ -100,7 +101,7 @@ struct shmq_slot_hdr {
  * end         lock holder                    where the last record ends: one record, or (H) a run of committed ones
  * deliveries  lock holder                    how often the records were claimed (H)
  * A beginning stores pos1 last; an ending, also of a run's first record, is one store to pos1 or owner. An entry at or
- * beyond the published position is void. */
+ * beyond the published position is void, and one that begins inside another. */
 struct shmq_hand_hdr {
     _Atomic uint64_t pos1;
     _Atomic uint64_t owner;
@@ -133,7 +134,7 @@ _Static_assert(offsetof(struct shmq_segment, side) == 256, "layout");
 _Static_assert(offsetof(struct shmq_segment, slot) == 512, "layout");
 _Static_assert(offsetof(struct shmq_segment, reservations) == 33280, "layout");
 _Static_assert(offsetof(struct shmq_segment, claims) == 37376, "layout");
-_Static_assert(sizeof(struct shmq_segment) <= 64 * 1024, "layout");
+_Static_assert(sizeof(struct shmq_segment) <= 100 * 1024, "layout");
 _Static_assert(SHMQ_SLOTS < (1u << SHMQ_SLOT_BITS), "layout");
 _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "a lock's low half is its futex");
 

@@ -307,7 +307,28 @@ int shmq_put_try(struct shmq *q, const struct shmq_out *outs, uint32_t n, uint32
 static void describe(const struct shmq *q, const struct shmq_record *r, int32_t hand, struct shmq_in *in)
 {
     const uint8_t *payload = shmq_ring_payload(&q->ring, r->pos);
-    *in = (struct shmq_in){payload, NULL, r->pos, r->len, r->method, (uint32_t)((uintptr_t)payload % SHMQ_ALIGN), hand};
+    uint32_t phase = (uint32_t)((uintptr_t)payload % SHMQ_ALIGN);
+    *in = (struct shmq_in){payload, NULL, r->pos, r->len, r->method, phase, 0, hand};
+}
+
+/* A claimed one. */
+SHMQ_COLD static void describe_claim(const struct shmq *q, const struct shmq_record *r, int32_t hand,
+                                     struct shmq_in *in)
+{
+    describe(q, r, hand, in);
+    in->deliveries = atomic_load_explicit(&q->claims.entry[hand].deliveries, memory_order_relaxed);
+}
+
+/* Entries of H but for passed reservations, which have room of their own. Caller holds the consuming lock. */
+SHMQ_COLD static uint32_t n_claimed(const struct shmq *q)
+{
+    uint32_t n = 0;
+    for (uint32_t i = 0, top = shmq_hands_top(&q->claims); i < top; i++) {
+        const struct shmq_hand_hdr *e = &q->claims.entry[i];
+        uint64_t pos1 = shmq_hand_pos1(e);
+        n += pos1 != 0 && (shmq_hand_owner(e) != 0 || shmq_ring_state(&q->ring, pos1 - 1) != SHMQ_RESERVED);
+    }
+    return n;
 }
 
 /* Copy the record out; to the heap if it is bigger than the scratch. */
@@ -356,15 +377,18 @@ SHMQ_COLD static int take_from_hand(struct shmq *q, int32_t i, uint8_t *scratch,
     uint64_t pos = shmq_hand_pos1(e) - 1, end = shmq_hand_end(e);
     if (!shmq_ring_read(&q->ring, pos, end, &r))
         return shmq_corrupt(q, "length of a record in hand", r.len, end - pos);
-    bool is_single = pos + shmq_record_size(r.len) == end;
-    if (r.len > SHMQ_SMALL && is_single && shmq_hands_owned(&q->claims) < SHMQ_H_CLAIMS) {
+    uint64_t next = pos + shmq_record_size(r.len);
+    if (scratch == NULL && next != end && (n_claimed(q) >= SHMQ_H_CLAIMS + SHMQ_H_SPLITS ||
+                                           !shmq_hands_split(&q->claims, i, next, q->self)))
+        return SHMQ_CLAIMED;
+    if (scratch == NULL || (r.len > SHMQ_SMALL && next == end)) {
         shmq_hands_claim(&q->claims, i, q->self);
-        describe(q, &r, i, in);
+        describe_claim(q, &r, i, in);
         return SHMQ_OK;
     }
     int rc = copy_out(q, &r, scratch, in);
     if (rc == SHMQ_OK)
-        shmq_hands_advance(&q->claims, i, pos + shmq_record_size(r.len));
+        shmq_hands_advance(&q->claims, i, next);
     return rc;
 }
 
@@ -397,12 +421,12 @@ static int take_from_ring(struct shmq *q, uint64_t put_pos, struct shmq_mark mar
     if (rc == SHMQ_OK) {
         struct shmq_mark next = {mark.pos + shmq_record_size(r.len), mark.count + 1};
         int32_t hand = -1;
-        if (r.len > SHMQ_SMALL && shmq_hands_owned(&q->claims) < SHMQ_H_CLAIMS)
+        if ((r.len > SHMQ_SMALL || scratch == NULL) && n_claimed(q) < SHMQ_H_CLAIMS)
             hand = shmq_hands_take(&q->claims, mark.pos, next.pos, q->self);
         if (hand >= 0)
-            describe(q, &r, hand, in);
+            describe_claim(q, &r, hand, in);
         else
-            rc = copy_out(q, &r, scratch, in);
+            rc = scratch == NULL ? SHMQ_CLAIMED : copy_out(q, &r, scratch, in);
         if (rc == SHMQ_OK)
             mark = next;
     }
@@ -474,8 +498,8 @@ static int get_batch_locked(struct shmq *q, struct shmq_in *in, uint32_t *n)
     int rc = read_put_pos(q, mark.pos, &put_pos);
     if (rc != SHMQ_OK)
         return rc;
-    if (shmq_hands_top(&q->claims) > 0 && (deliverable(q) >= 0 || shmq_hands_owned(&q->claims) >= SHMQ_H_CLAIMS))
-        return SHMQ_EMPTY; /* those come first, one by one */
+    if (shmq_hands_top(&q->claims) > 0 && (deliverable(q) >= 0 || n_claimed(q) >= SHMQ_H_CLAIMS / 2))
+        return SHMQ_EMPTY; /* those come first, one by one; and runs may have to be split */
     for (; *n < want && mark.pos < put_pos; mark.count++) {
         if (shmq_ring_state(&q->ring, mark.pos) != SHMQ_COMMITTED ||
             !shmq_ring_read(&q->ring, mark.pos, put_pos, &r[*n]) || r[*n].len > SHMQ_SMALL)
@@ -486,7 +510,7 @@ static int get_batch_locked(struct shmq *q, struct shmq_in *in, uint32_t *n)
         return SHMQ_EMPTY;
     int32_t hand = shmq_hands_take(&q->claims, start, mark.pos, q->self);
     if (hand < 0)
-        return shmq_corrupt(q, "claims", SHMQ_H_ENTRIES, SHMQ_H_CLAIMS);
+        return shmq_corrupt(q, "claims", SHMQ_H_ENTRIES, SHMQ_H_CLAIMS / 2);
     for (uint32_t i = 0; i < *n; i++)
         describe(q, &r[i], hand, &in[i]);
     shmq_side_publish(shmq_side(q, SHMQ_CONSUMING), mark);
@@ -672,6 +696,15 @@ static int wait_for_items(struct shmq *q, uint64_t seen, uint64_t deadline_ns)
     return rc;
 }
 
+/* All that can be claimed is. Who ends a claim wakes one who sleeps; a look now and then does for what that misses. */
+static int wait_for_a_claim(struct shmq *q, uint64_t deadline_ns)
+{
+    struct shmq_waiters_hdr *w = &q->seg->waiters;
+    uint32_t key = shmq_items_begin(w);
+    bool is_any_free = n_claimed(q) < SHMQ_H_CLAIMS; /* without the lock, so no more than a hint */
+    return is_any_free || shmq_is_closing(q) ? SHMQ_INTR : sleep_by(q, &w->items, key, deadline_ns);
+}
+
 SHMQ_COLD static int put_wait(struct shmq *q, const struct shmq_out *outs, uint32_t n, uint32_t *done,
                               uint64_t deadline_ns)
 {
@@ -720,12 +753,13 @@ SHMQ_COLD static int get_wait(struct shmq *q, uint8_t *scratch, struct shmq_in *
             rc = get_locked(q, scratch, in);
         if (rc == SHMQ_OK)
             after_get(q);
-        if (rc != SHMQ_EMPTY)
+        if (rc != SHMQ_EMPTY && rc != SHMQ_CLAIMED)
             return rc;
         if (shmq_now_ns() >= deadline_ns) {
             if (!swept_at_the_end(q, &is_swept))
-                return SHMQ_EMPTY;
-        } else if (wait_for_items(q, seen, deadline_ns) != SHMQ_OK) {
+                return rc;
+        } else if ((rc == SHMQ_EMPTY ? wait_for_items(q, seen, deadline_ns) : wait_for_a_claim(q, deadline_ns)) !=
+                   SHMQ_OK) {
             if (shmq_now_ns() < deadline_ns)
                 return SHMQ_INTR;
         }

@@ -24,6 +24,7 @@ enum shmq_status {
     SHMQ_FULL,    /* no room before the deadline; nothing changed */
     SHMQ_EMPTY,   /* no record before the deadline; nothing changed */
     SHMQ_TOO_BIG, /* can never fit; nothing changed */
+    SHMQ_CLAIMED, /* no more records can be claimed at once before the deadline; nothing changed */
     SHMQ_BUSY,    /* the side's lock is held by a live owner; nothing changed */
     SHMQ_INTR,    /* a signal, or time to look for one; nothing changed: call again */
     SHMQ_CLOSED,  /* the handle is closed, or closing */
@@ -61,7 +62,8 @@ struct shmq_out {
 };
 
 /* One record taken. A small one was copied to the caller's scratch and is off the queue; a big one (hand >= 0) is
- * claimed: copy `len` bytes from `payload` and shmq_release() it. `phase` is payload % SHMQ_ALIGN in the ring. */
+ * claimed: copy `len` bytes from `payload` and shmq_release() it. `phase` is payload % SHMQ_ALIGN in the ring.
+ * `deliveries` says how often a claimed record was claimed, this time included. */
 struct shmq_in {
     const uint8_t *payload;
     uint8_t *heap; /* to be freed by the caller when not NULL: the payload's copy, where H was full */
@@ -69,6 +71,7 @@ struct shmq_in {
     uint32_t len;
     uint32_t method;
     uint32_t phase;
+    uint32_t deliveries;
     int32_t hand;
 };
 
@@ -95,6 +98,9 @@ int shmq_close(struct shmq *q, bool now);
 bool shmq_close_begin(struct shmq *q);
 int shmq_close_end(struct shmq *q, bool now);
 
+/* If this attachment is the last to leave, it leaves the segment in place when items are in it. */
+void shmq_keep_items(struct shmq *q);
+
 /* Keep the handle attached, also while it is being closed: around waiting and copying. OK | CLOSED | FORKED */
 int shmq_hold(struct shmq *q);
 void shmq_let_go(struct shmq *q);
@@ -118,7 +124,8 @@ struct shmq_out shmq_out(const struct shmq_part *parts, uint32_t n_parts, uint32
 int shmq_put_try(struct shmq *q, const struct shmq_out *outs, uint32_t n, uint32_t *done);
 int shmq_put_wait(struct shmq *q, const struct shmq_out *outs, uint32_t n, uint32_t *done, uint64_t deadline_ns);
 
-/* Take the oldest record. `scratch` holds SHMQ_SMALL bytes. OK | EMPTY | BUSY | CLOSED | FORKED | CORRUPT */
+/* Take the oldest record. `scratch` holds SHMQ_SMALL bytes; NULL: claim the record, whatever its size, until it is
+ * released or given back. OK | EMPTY | CLAIMED | BUSY | CLOSED | FORKED | CORRUPT */
 int shmq_get_try(struct shmq *q, uint8_t *scratch, struct shmq_in *in);
 int shmq_get_wait(struct shmq *q, uint8_t *scratch, struct shmq_in *in, uint64_t deadline_ns);
 
@@ -127,7 +134,7 @@ int shmq_get_wait(struct shmq *q, uint8_t *scratch, struct shmq_in *in, uint64_t
  * shmq_get_try). */
 int shmq_get_batch_try(struct shmq *q, struct shmq_in *in, uint32_t *n);
 
-/* Give back the records of such a batch from `pos` on, to be delivered before newer ones, and release the rest. */
+/* Give back the records of what is claimed from `pos` on, to be delivered before newer ones, and release the rest. */
 void shmq_give_back_from(struct shmq *q, int32_t hand, uint64_t pos);
 
 /* Done with a claimed record, or with a batch. One store, no lock. */

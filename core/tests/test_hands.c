@@ -121,14 +121,20 @@ static void test_lowest_position_in_hand(void)
     CHECK_EQ(shmq_hands_lowest(&hands, 77), 0);
 }
 
-static void test_owned_are_those_with_an_owner(void)
+static void test_split_gives_the_rest_an_entry_of_its_own(void)
 {
-    take(0, 0, 10, 7);
-    take(1, 10, 20, 0);
-    take(2, 20, 30, 8);
-    CHECK_EQ(shmq_hands_owned(&hands), 2);
-    shmq_hands_free(&hands, 2); /* its owner stays written there */
-    CHECK_EQ(shmq_hands_owned(&hands), 1);
+    take(0, 0, 10, 0);
+    take(1, 10, 90, 0);
+    shmq_hands_claim(&hands, 1, 8);
+    shmq_hands_give_back(&hands, 1);
+    CHECK(shmq_hands_split(&hands, 1, 30, 7));
+    holds(1, 10, 30, 0);
+    holds(2, 30, 90, 0);
+    CHECK_EQ(entries[2].deliveries, entries[1].deliveries);
+    for (int i = 3; i < N; i++)
+        take(i, 100 + (uint64_t)i, 101 + (uint64_t)i, 7);
+    CHECK(!shmq_hands_split(&hands, 2, 40, 7)); /* no entry is left */
+    holds(2, 30, 90, 0);
 }
 
 static void test_take_over_voids_what_the_dead_had_begun(void)
@@ -141,6 +147,19 @@ static void test_take_over_voids_what_the_dead_had_begun(void)
     holds(0, 90, 100, 7);
     is_free(1);
     holds(2, 0, 90, 0);
+    is_free(3);
+}
+
+static void test_take_over_voids_the_rest_of_a_split_that_was_not_finished(void)
+{
+    take(0, 20, 60, 7);
+    take(1, 0, 20, 0);
+    take(2, 60, 90, 0);
+    take(3, 30, 60, 7); /* the same end: begun, while entry 0 still has all of it */
+    shmq_hands_void(&hands, 100);
+    holds(0, 20, 60, 7);
+    holds(1, 0, 20, 0);
+    holds(2, 60, 90, 0);
     is_free(3);
 }
 
@@ -316,8 +335,9 @@ static const struct test tests[] = {
     TEST(test_trim_lowers_top_to_the_last_one_in_use),
     TEST(test_top_that_cannot_be_is_read_as_the_tables_end),
     TEST(test_lowest_position_in_hand),
-    TEST(test_owned_are_those_with_an_owner),
+    TEST(test_split_gives_the_rest_an_entry_of_its_own),
     TEST(test_take_over_voids_what_the_dead_had_begun),
+    TEST(test_take_over_voids_the_rest_of_a_split_that_was_not_finished),
     TEST(test_sweep_gives_back_the_claims_of_the_dead),
     TEST(test_sweep_asks_once_about_claims_of_one_owner),
     TEST(test_sweep_abandons_the_reservations_of_the_dead),

@@ -300,7 +300,6 @@ static void test_batch_is_taken_as_one_hand_up_to_the_first_big_one(void)
     for (uint32_t id = 1; id <= 100; id++)
         puts_ok(q, id, id == 90 ? BIG : id % 40);
     CHECK_EQ(claim_batch(in, 5, 1), 5);
-    CHECK_EQ(shmq_hands_owned(&q->claims), 1);
     shmq_release(q, in[0].hand);
     CHECK_EQ(claim_batch(in, 1000, 6), SHMQ_MAX_BATCH);
     shmq_release(q, in[0].hand);
@@ -431,6 +430,113 @@ static void test_claims_beyond_the_table_are_copied(void)
     done();
 }
 
+/* ---- leases: claims of any record, for as long as one likes */
+
+static int lease(struct shmq_in *in) { return shmq_get_try(q, NULL, in); }
+
+static void leases(struct shmq_in *in, uint32_t id, uint32_t deliveries)
+{
+    CHECK_EQ(lease(in), SHMQ_OK);
+    CHECK(in->hand >= 0 && in->heap == NULL);
+    item_check(in->payload, in->method, in->len);
+    CHECK_EQ(in->method, id);
+    CHECK_EQ(in->deliveries, deliveries);
+}
+
+static void give_back(const struct shmq_in *in) { shmq_give_back_from(q, in->hand, in->pos); }
+
+static void test_leased_item_stays_until_released_and_holds_nobody_up(void)
+{
+    struct shmq_in in[4];
+    struct shmq_info info;
+    q = attach(4 * PAGE);
+    for (uint32_t id = 1; id <= 6; id++)
+        puts_ok(q, id, id == 2 ? BIG : 10 * (id - 1));
+    for (uint32_t i = 0; i < 4; i++)
+        leases(&in[i], 1 + i, 1);
+    gets(q, 5);
+    CHECK_EQ(shmq_info(q, &info), SHMQ_OK);
+    CHECK_EQ(info.qsize, 1);
+    CHECK_EQ(info.free_pos, in[0].pos);
+    shmq_release(q, in[2].hand); /* in any order */
+    shmq_release(q, in[0].hand);
+    CHECK_EQ(shmq_info(q, &info), SHMQ_OK);
+    CHECK_EQ(info.free_pos, in[1].pos);
+    give_back(&in[3]);
+    give_back(&in[1]);
+    leases(&in[1], 2, 2);
+    gets(q, 4); /* before 6, which is newer */
+    give_back(&in[1]);
+    leases(&in[1], 2, 3);
+    gets(q, 6);
+    shmq_release(q, in[1].hand);
+    CHECK_EQ(lease(&in[0]), SHMQ_EMPTY);
+    is_empty();
+    done();
+}
+
+static void test_lease_of_a_run_given_back_takes_one_record_of_it(void)
+{
+    struct shmq_in batch[SHMQ_MAX_BATCH], in[4];
+    struct shmq_info info;
+    q = attach(4 * PAGE);
+    for (uint32_t id = 1; id <= 6; id++)
+        puts_ok(q, id, 10 * (id - 1));
+    CHECK_EQ(claim_batch(batch, 5, 1), 5);
+    shmq_give_back_from(q, batch[0].hand, batch[1].pos); /* 1 is done with */
+    leases(&in[0], 2, 2);
+    leases(&in[1], 3, 2);
+    CHECK_EQ(shmq_info(q, &info), SHMQ_OK);
+    CHECK_EQ(info.qsize, 3);
+    CHECK_EQ(broken_invariants(q), 0);
+    gets(q, 4);
+    leases(&in[2], 5, 2); /* the last one of the run */
+    leases(&in[3], 6, 1);
+    give_back(&in[1]);
+    leases(&in[1], 3, 3);
+    for (uint32_t i = 0; i < 4; i++)
+        shmq_release(q, in[i].hand);
+    is_empty();
+    done();
+}
+
+static void *waits_for_a_lease(void *in)
+{
+    int rc;
+    while ((rc = shmq_get_wait(q, NULL, in, in_ms(STATE_MS))) == SHMQ_INTR)
+        ;
+    CHECK_EQ(rc, SHMQ_OK);
+    return NULL;
+}
+
+static void test_leases_beyond_the_table_wait_for_one_that_ends(void)
+{
+    static struct shmq_in in[SHMQ_H_CLAIMS + 1];
+    pthread_t thread;
+    int rc;
+    q = attach(64 * PAGE);
+    for (uint32_t id = 0; id <= SHMQ_H_CLAIMS; id++)
+        puts_ok(q, id, 20);
+    for (uint32_t id = 0; id < SHMQ_H_CLAIMS; id++)
+        leases(&in[id], id, 1);
+    CHECK_EQ(lease(&in[SHMQ_H_CLAIMS]), SHMQ_CLAIMED);
+    uint64_t start = shmq_now_ns();
+    while ((rc = shmq_get_wait(q, NULL, &in[SHMQ_H_CLAIMS], start + 50000000u)) == SHMQ_INTR)
+        ;
+    CHECK_EQ(rc, SHMQ_CLAIMED);
+    CHECK(shmq_now_ns() - start >= 50000000u);
+    CHECK_EQ(pthread_create(&thread, NULL, waits_for_a_lease, &in[SHMQ_H_CLAIMS]), 0);
+    pause_ms(5);
+    shmq_release(q, in[500].hand);
+    pthread_join(thread, NULL);
+    CHECK_EQ(in[SHMQ_H_CLAIMS].method, SHMQ_H_CLAIMS);
+    for (uint32_t id = 0; id <= SHMQ_H_CLAIMS; id++)
+        if (id != 500)
+            shmq_release(q, in[id].hand);
+    is_empty();
+    done();
+}
+
 /* ---- reservations that take long */
 
 static void test_items_behind_a_reservation_are_not_held_up_and_it_comes_when_committed(void)
@@ -455,23 +561,23 @@ static void test_full_tables_hold_everything_up_to_the_last_entry(void)
     static struct shmq_in in[SHMQ_H_CLAIMS];
     static uint64_t pos[SHMQ_R_ENTRIES];
     static int32_t hand[SHMQ_R_ENTRIES];
-    q = attach(1024 * 2 * PAGE);
+    q = attach((SHMQ_H_CLAIMS + SHMQ_R_ENTRIES + 9) * 3 * PAGE);
     for (uint32_t id = 0; id < SHMQ_H_CLAIMS; id++) {
         puts_ok(q, id, BIG);
         in[id] = claim(id);
     }
     for (uint32_t i = 0; i < SHMQ_R_ENTRIES; i++)
-        hand[i] = reserve(1000 + i, BIG, &pos[i]);
-    puts_ok(q, 2000, BIG); /* no reservation is left for it: copied under the lock */
-    puts_ok(q, 2001, 10);
-    gets(q, 2000); /* passes all reservations */
-    CHECK_EQ(shmq_hands_top(&q->claims), SHMQ_H_ENTRIES);
+        hand[i] = reserve(2000 + i, BIG, &pos[i]);
+    puts_ok(q, 4000, BIG); /* no reservation is left for it: copied under the lock */
+    puts_ok(q, 4001, 10);
+    gets(q, 4000); /* passes all reservations */
+    CHECK_EQ(shmq_hands_top(&q->claims), SHMQ_H_ENTRIES - SHMQ_H_SPLITS);
     CHECK_EQ(broken_invariants(q), 0);
-    gets(q, 2001);
+    gets(q, 4001);
     for (uint32_t i = 0; i < SHMQ_R_ENTRIES; i++)
-        commit(1000 + i, BIG, hand[i], pos[i]);
+        commit(2000 + i, BIG, hand[i], pos[i]);
     for (uint32_t i = 0; i < SHMQ_R_ENTRIES; i++)
-        gets(q, 1000 + i);
+        gets(q, 2000 + i);
     for (uint32_t id = 0; id < SHMQ_H_CLAIMS; id++)
         item_accept(q, &in[id]);
     is_empty();
@@ -1226,11 +1332,11 @@ static void puts_mostly_big(void *arg)
 
 static void stop_a_consumer_now_and_then(void)
 {
-    static struct shmq_in in[600];
+    static struct shmq_in in[500];
     pid_t producers[2], consumer;
     int status;
     q = attach(ORDERED * 2 * PAGE); /* holds all of it */
-    for (uint32_t i = 0; i < 600; i++) {
+    for (uint32_t i = 0; i < 500; i++) {
         puts_ok(q, i, 0);
         claim_batch(&in[i], 1, i);
     }
@@ -1248,7 +1354,7 @@ static void stop_a_consumer_now_and_then(void)
     CHECK_EQ(status, 0);
     for (int i = 0; i < 2; i++)
         child_ends_well(producers[i]);
-    for (uint32_t i = 16; i < 600; i++)
+    for (uint32_t i = 16; i < 500; i++)
         shmq_release(q, in[i].hand);
     is_empty();
     done();
@@ -1277,6 +1383,9 @@ static const struct test tests[] = {
     TEST(test_room_is_free_from_the_oldest_claim_on),
     TEST(test_claim_given_back_is_delivered_before_newer_ones),
     TEST(test_claims_beyond_the_table_are_copied),
+    TEST(test_leased_item_stays_until_released_and_holds_nobody_up),
+    TEST(test_lease_of_a_run_given_back_takes_one_record_of_it),
+    TEST(test_leases_beyond_the_table_wait_for_one_that_ends),
     TEST(test_items_behind_a_reservation_are_not_held_up_and_it_comes_when_committed),
     TEST(test_item_put_behind_a_passed_reservation_comes_at_the_first_try),
     TEST(test_full_tables_hold_everything_up_to_the_last_entry),

@@ -119,6 +119,38 @@ static void get_and_give_back_one(void)
     shmq_give_back_from(mine, in.hand, in.pos);
 }
 
+static void lease(struct shmq_in *in)
+{
+    CHECK_EQ(shmq_get_try(mine, NULL, in), SHMQ_OK);
+    item_check(in->payload, in->method, in->len);
+}
+
+static void lease_and_release(void)
+{
+    struct shmq_in in;
+    lease(&in);
+    shmq_release(mine, in.hand);
+    took(in.method);
+}
+
+static void lease_and_give_back(void)
+{
+    struct shmq_in in;
+    lease(&in);
+    shmq_give_back_from(mine, in.hand, in.pos);
+}
+
+/* The later one ends first. */
+static void lease_two(void)
+{
+    struct shmq_in in[2];
+    lease(&in[0]);
+    lease(&in[1]);
+    shmq_release(mine, in[1].hand);
+    took(in[1].method);
+    shmq_give_back_from(mine, in[0].hand, in[0].pos);
+}
+
 static void clear(void) { CHECK_EQ(shmq_clear(mine, in_ms(STATE_MS)), SHMQ_OK); }
 
 static void check_all(void) { CHECK_EQ(broken_invariants(mine), 0); }
@@ -236,6 +268,16 @@ static const struct op ops[] = {
     {"get past frozen", put_four_behind_frozen, get_one, "publish:done", ITEMS(1), false},
     {"get passed", put_four_behind_passed, get_one, "hands:freed", ITEMS(50), false},
     {"get behind a claim", put_four_behind_claim, get_one, "publish:done", ITEMS(1), false},
+    {"lease", put_four, lease_and_release, "hands:freed", ITEMS(1), false},
+    {"lease big", put_four_big, lease_and_release, "hands:freed", ITEMS(1), false},
+    {"lease given back", give_back_three, lease_and_release, "hands:freed", ITEMS(1), false},
+    {"lease given back big", give_back_big, lease_and_release, "hands:freed", ITEMS(1), false},
+    {"lease past frozen", put_four_behind_frozen, lease_and_release, "hands:freed", ITEMS(1), false},
+    {"lease passed", put_four_behind_passed, lease_and_release, "hands:freed", ITEMS(50), false},
+    {"lease and give back", put_four, lease_and_give_back, NULL, NULL, false},
+    {"lease given back and give back", give_back_three, lease_and_give_back, NULL, NULL, false},
+    {"lease two", put_four, lease_two, "hands:freed", ITEMS(2), false},
+    {"lease two given back", give_back_three, lease_two, "hands:freed", ITEMS(2), false},
     {"clear", put_four, clear, "publish:done", ITEMS(1, 2, 3, 4), false},
     {"clear past frozen", put_four_behind_frozen, clear, "publish:done", ITEMS(1, 2, 3, 4), false},
     {"clear given back", give_back_three, clear, "publish:done", ITEMS(1, 2, 3, 4), true},
