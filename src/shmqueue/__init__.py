@@ -4,6 +4,7 @@
 """
 
 from . import exceptions
+from ._core import Lease
 from .exceptions import (
     ShmQueueBufferOverflow,
     ShmQueueCorruptedError,
@@ -28,6 +29,7 @@ __all__ = [
     "SIZE_HEADER",
     "SYSTEM_PAGESIZE",
     "DebugRefLogAction",
+    "Lease",
     "SerializationMethods",
     "ShmQueue",
     "ShmQueueBufferOverflow",

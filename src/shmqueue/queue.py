@@ -107,6 +107,7 @@ class ShmQueue(_core.Handle[T]):
         self._log = logger or _log
         self._serializer: Callable[[int, Any], Any] | None = None
         self._deserializer: Callable[[int, list[memoryview]], Any] | None = None
+        self._dead: ShmQueue[Any] | None = None  # where items go that were handed out too often
         self._handle_uuid = str(uuid.uuid4())
         self._open(_whole_pages(queue_name, buffer_size))
 
@@ -227,6 +228,8 @@ class ShmQueue(_core.Handle[T]):
         lifecycle.unregister(self)
         if self._options["track_resources"]:
             lifecycle.untrack(self._path)
+        if self._dead is not None:
+            self._dead._leave(now=now)
         if self._options["debug_ref_to_file_log"]:
             self._journal(reflog.DebugRefLogAction.SHUTDOWN, refs)
         if status != _core.OK:
@@ -275,6 +278,8 @@ class ShmQueue(_core.Handle[T]):
     # ---- what the binding asks for
 
     def _encode(self, data: Any, method: int) -> tuple[int, bool, tuple[Any, ...]]:
+        if type(data) is serialization.Encoded:
+            return data
         try:
             return serialization.encode(
                 data,
@@ -300,15 +305,30 @@ class ShmQueue(_core.Handle[T]):
             error.args = (f"{self._who}: {error}",)
             raise
 
-    def _max_items(self, max_items: Any) -> int:
+    def _at_least_1(self, name: str, value: Any) -> int:
         try:
-            n = operator.index(max_items)
+            n = operator.index(value)
         except TypeError:
-            kind = type(max_items).__name__
-            raise exc.ShmQueueTypeError(f"{self._who}: max_items must be an int, not {kind}") from None
+            kind = type(value).__name__
+            raise exc.ShmQueueTypeError(f"{self._who}: {name} must be an int, not {kind}") from None
         if n < 1:
-            raise exc.ShmQueueValueError(f"{self._who}: max_items is {n}, at least 1 is needed")
+            raise exc.ShmQueueValueError(f"{self._who}: {name} is {n}, at least 1 is needed")
         return min(n, 2**62)
+
+    def _bury(self, method: int, payload: bytes | memoryview, phase: int, deliveries: int) -> None:
+        """Move an item that was handed out too often to the dead-letter queue, still in the bytes that it is."""
+        name = f"{self._name}.dead"
+        if self._dead is None:
+            self._dead = ShmQueue(name, logger=self._log, buffer_size=self._capacity)
+            self._dead._keep_items()
+        self._dead.put(serialization.again(method, payload, phase), block=False)
+        self._log.warning(
+            "queue %r: an item of %d bytes was handed out %d times and never released; moved to %r",
+            self._name, len(payload), deliveries - 1, name,
+        )  # fmt: skip
+
+    def _lease_is_over(self) -> NoReturn:
+        raise exc.ShmQueueRuntimeError(f"{self._who}: the lease is over: its item was released or given back")
 
     def _seconds(self, timeout: Any) -> float:
         kind = type(timeout)
@@ -354,6 +374,10 @@ class ShmQueue(_core.Handle[T]):
             )
         if status == _core.EMPTY:
             raise exc.ShmQueueEmpty(f"{self._who}: no item{within or ' there now'}")
+        if status == _core.CLAIMED:
+            raise exc.ShmQueueEmpty(
+                f"{self._who}: no item can be leased: as many as possible are, and no lease has ended{within or ' yet'}"
+            )
         if status == _core.TOO_BIG:
             self._too_big(size)
         if status == _core.BUSY:

@@ -42,7 +42,7 @@ import pickle
 import re
 import struct
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import msgpack
 
@@ -69,6 +69,15 @@ class SerializationMethods:
     DEFAULT = MSGPACK
     PICKLE = 1
     FIRST_PUBLIC_NUMBER = 1001
+
+
+class Encoded(NamedTuple):
+    """A payload: the method used, whether its parts but the first begin at addresses in the ring that 64 divides,
+    and the parts, which follow each other."""
+
+    method: int
+    is_aligned: bool
+    parts: tuple[Any, ...]
 
 
 PICKLE_OUT_OF_BAND = 2
@@ -131,7 +140,7 @@ def fast_codec(strict_types: bool) -> tuple[Callable[..., bytes], int, Callable[
 
 def encode(
     data: Any, method: int, *, allow_pickle: bool, strict_types: bool, custom: Serializer | None
-) -> tuple[int, bool, tuple[Buffer, ...]]:
+) -> Encoded:
     """Turn an item into the parts of a payload.
 
     Args:
@@ -140,9 +149,7 @@ def encode(
         strict_types: Whether tuple, bytearray and memoryview must arrive as such.
         custom: ``custom(method, data)`` returns the payload, for the user's own ids.
     Returns:
-        ``(method used, aligned, parts)``. Parts are contiguous and follow each other; if ``aligned``,
-        all but the first begin at an address in the ring that 64 divides. Large bodies are the
-        caller's own memory, not copies.
+        The payload; its parts are contiguous. Large bodies are the caller's own memory, not copies.
     Raises:
         ShmQueueSerializationError: it can't be done; the cause is chained.
         ShmQueueNoSerializerError: no serializer for this method.
@@ -155,7 +162,7 @@ def encode(
     if method > LAST_METHOD:
         raise ShmQueueValueError(f"serialization_method is at most {LAST_METHOD}, not {method}")
     if method >= SerializationMethods.FIRST_PUBLIC_NUMBER and custom is not None:
-        return int(method), False, (_result(custom(method, data)),)
+        return Encoded(int(method), False, (_result(custom(method, data)),))
     if method not in (SerializationMethods.MSGPACK, SerializationMethods.PICKLE):
         raise ShmQueueNoSerializerError(
             f"no serializer for method {method}; ids from "
@@ -165,7 +172,7 @@ def encode(
         if method == SerializationMethods.PICKLE:
             if not allow_pickle:
                 raise TypeError("pickle was asked for")
-            return SerializationMethods.PICKLE, False, (pickle.dumps(data, 5),)
+            return Encoded(SerializationMethods.PICKLE, False, (pickle.dumps(data, 5),))
         return _encode_default(data, allow_pickle, strict_types)
     except MemoryError:
         raise
@@ -176,14 +183,14 @@ def encode(
         ) from error
 
 
-def _encode_default(data: Any, allow_pickle: bool, strict_types: bool) -> tuple[int, bool, tuple[Buffer, ...]]:
+def _encode_default(data: Any, allow_pickle: bool, strict_types: bool) -> Encoded:
     kind = type(data)
     if kind is bytes or (kind in _BYTES_TYPES and not strict_types):
         body = _contiguous(data)
-        return SerializationMethods.MSGPACK, False, (_bin_head(memoryview(body).nbytes), body)
+        return Encoded(SerializationMethods.MSGPACK, False, (_bin_head(memoryview(body).nbytes), body))
     if kind in _MSGPACK_TYPES:
         try:
-            return SerializationMethods.MSGPACK, False, (_pack(data, None, strict_types),)
+            return Encoded(SerializationMethods.MSGPACK, False, (_pack(data, None, strict_types),))
         except (TypeError, ValueError, OverflowError, RecursionError, BufferError):
             if strict_types and not allow_pickle:
                 raise
@@ -191,7 +198,7 @@ def _encode_default(data: Any, allow_pickle: bool, strict_types: bool) -> tuple[
         return _pickle_apart(data, strict_types)
     if strict_types:
         raise TypeError(f"strict_types keeps {kind.__name__} from going as its base type")
-    return SerializationMethods.MSGPACK, False, (_pack_as_bases(data),)
+    return Encoded(SerializationMethods.MSGPACK, False, (_pack_as_bases(data),))
 
 
 def _pack(data: Any, _default: None, strict_types: int) -> bytes:
@@ -280,7 +287,7 @@ class _ViewPickler(pickle.Pickler):
         return (bytes, (obj.tobytes(),)) if type(obj) is memoryview else NotImplemented
 
 
-def _pickle_apart(data: Any, strict_types: bool) -> tuple[int, bool, tuple[Buffer, ...]]:
+def _pickle_apart(data: Any, strict_types: bool) -> Encoded:
     """Pickle, large buffers out of band."""
     buffers: list[memoryview] = []
 
@@ -301,10 +308,28 @@ def _pickle_apart(data: Any, strict_types: bool) -> tuple[int, bool, tuple[Buffe
         _ViewPickler(file, 5, buffer_callback=is_in_band).dump(data)
         pickled = file.getvalue()
     if not buffers:
-        return SerializationMethods.PICKLE, False, (pickled,)
+        return Encoded(SerializationMethods.PICKLE, False, (pickled,))
+    return _joined_apart(pickled, buffers)
+
+
+def _joined_apart(pickled: bytes | memoryview, buffers: list[memoryview]) -> Encoded:
     lengths = [len(pickled), *(buffer.nbytes for buffer in buffers)]
     head = struct.pack(f"<{1 + len(lengths)}Q", len(buffers), *lengths)
-    return PICKLE_OUT_OF_BAND, True, (head + pickled, *buffers)
+    return Encoded(PICKLE_OUT_OF_BAND, True, (head + pickled, *buffers))
+
+
+def again(method: int, payload: bytes | memoryview, phase: int) -> Encoded:
+    """Return the parts of a payload that was in the ring at an address with this phase, to be put elsewhere.
+
+    Raises:
+        ShmQueueDeserializationError: it is of method 2 and malformed.
+    """
+    if method != PICKLE_OUT_OF_BAND:
+        return Encoded(method, False, (payload,))
+    try:
+        return _joined_apart(*_parts_apart(memoryview(payload), phase))
+    except (ValueError, struct.error) as error:
+        raise _undecodable(method, payload, error) from error
 
 
 # --- bytes to items ---------------------------------------------------------------------------------
@@ -345,12 +370,16 @@ def decode(
             raise NotImplementedError("no deserializer; see custom_deserialize")
         return _call(custom, method, memoryview(payload).toreadonly())
     except Exception as error:
-        is_missing = isinstance(error, NotImplementedError) and method > PICKLE_OUT_OF_BAND
-        raise (ShmQueueNoDeserializerError if is_missing else ShmQueueDeserializationError)(
-            f"can't deserialize {len(payload)} bytes of serialization method {method}: {type(error).__name__}: {error}",
-            payload=bytes(payload),
-            serialization_method=method,
-        ) from error
+        raise _undecodable(method, payload, error) from error
+
+
+def _undecodable(method: int, payload: bytes | bytearray | memoryview, why: Exception) -> ShmQueueDeserializationError:
+    is_missing = isinstance(why, NotImplementedError) and method > PICKLE_OUT_OF_BAND
+    return (ShmQueueNoDeserializerError if is_missing else ShmQueueDeserializationError)(
+        f"can't deserialize {len(payload)} bytes of serialization method {method}: {type(why).__name__}: {why}",
+        payload=bytes(payload),
+        serialization_method=method,
+    )
 
 
 def _unpack(payload: bytes | bytearray | memoryview) -> Any:
@@ -380,7 +409,12 @@ def _to_key(key: Any) -> Any:
 
 
 def _unpickle_apart(payload: memoryview, phase: int) -> Any:
-    """Unpickle method 2. Its head is believed only as far as it fits; slices never reach too far."""
+    pickled, buffers = _parts_apart(payload, phase)
+    return pickle.loads(pickled, buffers=buffers)
+
+
+def _parts_apart(payload: memoryview, phase: int) -> tuple[memoryview, list[memoryview]]:
+    """Return method 2's pickle and buffers. Its head is believed only as far as it fits; slices never reach too far."""
     count, pickle_length = struct.unpack_from("<2Q", payload)
     pickle_start = 16 + 8 * count
     cursor = pickle_end = pickle_start + pickle_length
@@ -391,7 +425,7 @@ def _unpickle_apart(payload: memoryview, phase: int) -> Any:
         buffers.append(payload[start:cursor])
     if cursor > len(payload):
         raise ValueError(f"{cursor} bytes claimed")
-    return pickle.loads(payload[pickle_start:pickle_end], buffers=buffers)
+    return payload[pickle_start:pickle_end], buffers
 
 
 def _call(custom: Deserializer, method: int, view: memoryview) -> Any:

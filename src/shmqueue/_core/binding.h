@@ -50,7 +50,21 @@ size_t codec_is_bytes(const struct shmq_in *in);
 /* The object of a payload that codec_copy() made. */
 PyObject *codec_decode(struct handle *self, uint32_t method, uint32_t phase, PyObject *payload);
 
-extern PyType_Spec handle_spec;
+/* An item that is claimed (lease.c): it stays in the queue until it is released or given back. */
+struct lease {
+    PyObject_HEAD struct handle *handle;
+    PyObject *item;   /* NULL while it isn't decoded */
+    struct shmq_in in; /* in.hand < 0: the lease is over */
+    uint64_t process; /* whose claim it is; in a forked child ending it does nothing */
+};
+
+void lease_end(struct lease *lease, bool is_done);
+
+struct module_state {
+    PyTypeObject *lease_type;
+};
+
+extern PyType_Spec handle_spec, lease_spec;
 
 /* Functions of the module; their argument is a dict of weak references to handles. */
 PyObject *handles_before_fork(PyObject *module, PyObject *handles);

@@ -66,12 +66,50 @@ PyDoc_STRVAR(get_many_doc,
 "    error comes at the next call, and what follows it stays in the queue. Any other exception, such as Ctrl-C's,\n"
 "    comes at once; items taken before it are in its `.received`, if there were any.");
 
-PyDoc_STRVAR(qsize_doc, "qsize($self)\n--\n\nItems put and not yet taken, at the instant of the call.");
+PyDoc_STRVAR(lease_method_doc,
+"lease($self, block=True, timeout=None, max_deliveries=None)\n--\n\n"
+"Claim the oldest item and keep it in the queue until the lease ends: at-least-once delivery.\n\n"
+"    with q.lease(timeout=2.0) as item:\n"
+"        work_on(item)\n\n"
+"At the end of the block the item is released, that is, gone. After an exception, and when the process dies, it is\n"
+"given back: it is delivered again, before newer items. Leases may be held long, be many (1024 in a queue at a time)\n"
+"and end in any order; meanwhile others get the items behind. The item's bytes stay in use until it is released, and\n"
+"the bytes behind them can't be used again before: a queue may become full behind a lease.\n\n"
+"Args:\n"
+"    block, timeout: As for get().\n"
+"    max_deliveries: How often an item may be handed out. One that would be once more is moved to the queue\n"
+"        '<name>.dead' instead, undecoded, since it may be what kills its consumers. Default: no limit.\n"
+"Returns:\n"
+"    A Lease: a context manager that gives the item; or use its `item`, `deliveries`, release() and give_back().\n"
+"    One that is forgotten is given back.\n"
+"Raises:\n"
+"    As get() does; an item that can't be turned back is off the queue, and in the error.\n"
+"    ShmQueueFull: the dead-letter queue is full; the item was given back.");
+
+PyDoc_STRVAR(lease_doc,
+"An item that is claimed and stays in the queue until the lease ends; made by ShmQueue.lease().\n\n"
+"As a context manager it gives the item; leaving releases it, or after an exception gives it back. In a child\n"
+"forked meanwhile it is an ordinary object: the lease is the parent's.");
+
+PyDoc_STRVAR(lease_release_doc,
+"release($self)\n--\n\n"
+"The item is done with, and leaves the queue.\n\n"
+"Raises:\n"
+"    ShmQueueRuntimeError: the lease is over already.");
+
+PyDoc_STRVAR(lease_give_back_doc,
+"give_back($self)\n--\n\n"
+"The item goes back to the front of the queue and is delivered again, before newer items.\n\n"
+"Raises:\n"
+"    ShmQueueRuntimeError: the lease is over already.");
+
+PyDoc_STRVAR(qsize_doc, "qsize($self)\n--\n\nItems put and not yet taken or leased, at the instant of the call.");
 PyDoc_STRVAR(empty_doc, "empty($self)\n--\n\nWhether there is no item, at the instant of the call.");
 PyDoc_STRVAR(full_doc, "full($self)\n--\n\nWhether not a single byte is free, at the instant of the call.");
 PyDoc_STRVAR(occupancy_doc,
 "buffer_occupancy($self)\n--\n\n"
-"Bytes of the ring in use, at the instant of the call: the items in it, those being put, and those being copied out.");
+"Bytes of the ring in use, at the instant of the call: the items in it, those being put, and\n"
+"those being copied out or leased.");
 PyDoc_STRVAR(max_buffer_size_doc, "max_buffer_size($self)\n--\n\nBytes of the ring, as the queue was created.");
 PyDoc_STRVAR(clear_doc,
 "clear($self)\n--\n\n"

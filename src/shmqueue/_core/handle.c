@@ -106,6 +106,15 @@ static int parse(const char *method, const char *const *names, Py_ssize_t n, Py_
     return 0;
 }
 
+/* A number from 1 on, as its name says; -1 with an exception. */
+static Py_ssize_t at_least_1(struct handle *self, const char *name, PyObject *value)
+{
+    PyObject *checked = PyObject_CallMethod((PyObject *)self, "_at_least_1", "sO", name, value);
+    Py_ssize_t n = checked != NULL ? PyLong_AsSsize_t(checked) : -1;
+    Py_XDECREF(checked);
+    return n;
+}
+
 /* ---- put */
 
 /* Put records until `deadline`, at least one. A status, or -1 with an exception. */
@@ -317,6 +326,8 @@ static PyObject *handle_put_many(struct handle *self, PyObject *const *args, Py_
 
 /* ---- get */
 
+static bool is_none(int rc) { return rc == SHMQ_EMPTY || rc == SHMQ_CLAIMED; }
+
 /* Take the oldest record, waiting by `w`. On OK the handle is held if the record is in hand. A status, or -1. */
 static int take(struct handle *self, uint8_t *scratch, struct shmq_in *in, const struct wait *w, uint64_t *deadline)
 {
@@ -324,7 +335,7 @@ static int take(struct handle *self, uint8_t *scratch, struct shmq_in *in, const
     if (rc == SHMQ_OK && in->hand >= 0)
         shmq_hold(self->q); /* can't be refused: the GIL keeps closing out */
     while (rc == SHMQ_FORKED || rc == SHMQ_INTR || rc == SHMQ_BUSY ||
-           (rc == SHMQ_EMPTY && (w->block || shmq_is_sweep_due(self->q)))) {
+           (is_none(rc) && (w->block || shmq_is_sweep_due(self->q)))) {
         if (rc == SHMQ_INTR ? PyErr_CheckSignals() < 0 : rc == SHMQ_FORKED && ready(self) < 0)
             return -1;
         if (*deadline == UNKNOWN)
@@ -335,7 +346,7 @@ static int take(struct handle *self, uint8_t *scratch, struct shmq_in *in, const
             if (rc != SHMQ_OK || in->hand < 0)
                 shmq_let_go(self->q);
         }
-        Py_END_ALLOW_THREADS if (rc == SHMQ_EMPTY || rc == SHMQ_BUSY) break; /* the deadline has passed */
+        Py_END_ALLOW_THREADS if (is_none(rc) || rc == SHMQ_BUSY) break; /* the deadline has passed */
     }
     return rc;
 }
@@ -605,13 +616,8 @@ static PyObject *handle_get_many(struct handle *self, PyObject *const *args, Py_
     if (parse("get_many", names, 3, 0, args, nargs, kwnames, v) < 0 || parse_wait(self, v[1], v[2], &w) < 0 ||
         ready(self) < 0)
         return NULL;
-    if (v[0] != NULL && v[0] != Py_None) {
-        PyObject *checked = PyObject_CallMethod((PyObject *)self, "_max_items", "(O)", v[0]);
-        if (checked == NULL)
-            return NULL;
-        max = PyLong_AsSsize_t(checked);
-        Py_DECREF(checked);
-    }
+    if (v[0] != NULL && v[0] != Py_None && (max = at_least_1(self, names[0], v[0])) < 0)
+        return NULL;
     if (has_kept(self))
         return raise_kept(self);
     int rc = shmq_hold(self->q);
@@ -634,6 +640,77 @@ static PyObject *handle_get_many(struct handle *self, PyObject *const *args, Py_
     }
     Py_XDECREF(list);
     return rc < 0 ? NULL : fail(self, rc, 0, w.timeout);
+}
+
+/* ---- lease */
+
+/* Decode what was claimed, or refuse to: it has been handed out too often. */
+static int fill_lease(struct handle *self, struct lease *lease, Py_ssize_t max_deliveries)
+{
+    struct shmq_in one = lease->in;
+    one.hand = -1; /* stays claimed */
+    if (max_deliveries == 0 || (Py_ssize_t)one.deliveries <= max_deliveries) {
+        lease->item = to_object(self, &one);
+        return lease->item != NULL ? 0 : -1;
+    }
+    PyObject *payload = codec_copy(&one);
+    PyObject *result = payload == NULL ? NULL
+                                       : PyObject_CallMethod((PyObject *)self, "_bury", "IOII", one.method, payload,
+                                                             one.phase, one.deliveries);
+    Py_XDECREF(payload);
+    Py_XDECREF(result);
+    return result != NULL ? 0 : -1;
+}
+
+/* One lease, or NULL with an exception. */
+static struct lease *claim(struct handle *self, struct lease *lease, const struct wait *w, Py_ssize_t max_deliveries)
+{
+    uint64_t deadline = UNKNOWN;
+    while (lease->item == NULL) {
+        int rc = take(self, NULL, &lease->in, w, &deadline);
+        if (rc != SHMQ_OK) {
+            lease->in.hand = -1;
+            if (rc > 0)
+                fail(self, rc, 0, w->timeout);
+            return NULL;
+        }
+        lease->process = shmq_process();
+        if (fill_lease(self, lease, max_deliveries) < 0) {
+            /* what can't be decoded is off the queue, as with get(): the error has it */
+            lease_end(lease, is_undecodable());
+            return NULL;
+        }
+        if (lease->item == NULL)
+            lease_end(lease, true); /* it was buried */
+    }
+    return lease;
+}
+
+static PyObject *handle_lease(struct handle *self, PyTypeObject *defining_class, PyObject *const *args,
+                              Py_ssize_t nargs, PyObject *kwnames)
+{
+    static const char *const names[] = {"block", "timeout", "max_deliveries"};
+    struct module_state *state = PyType_GetModuleState(defining_class);
+    PyObject *v[3];
+    struct wait w;
+    Py_ssize_t max = 0;
+    if (parse("lease", names, 3, 0, args, nargs, kwnames, v) < 0 || parse_wait(self, v[0], v[1], &w) < 0)
+        return NULL;
+    if (v[2] != NULL && v[2] != Py_None && (max = at_least_1(self, names[2], v[2])) < 0)
+        return NULL;
+    if (self->q == NULL)
+        return fail(self, SHMQ_CLOSED, 0, NULL);
+    if (has_kept(self))
+        return raise_kept(self);
+    struct lease *lease = (struct lease *)state->lease_type->tp_alloc(state->lease_type, 0);
+    if (lease == NULL)
+        return NULL;
+    lease->in.hand = -1;
+    lease->handle = (struct handle *)Py_NewRef((PyObject *)self);
+    PyObject *result = (PyObject *)claim(self, lease, &w, max);
+    if (result == NULL)
+        Py_DECREF(lease);
+    return result;
 }
 
 /* ---- looking */
@@ -821,6 +898,13 @@ static PyObject *handle_is_open(struct handle *self, PyObject *Py_UNUSED(none))
     return PyBool_FromLong(self->q != NULL && shmq_usable(self->q) != SHMQ_CLOSED);
 }
 
+static PyObject *handle_keep_items(struct handle *self, PyObject *Py_UNUSED(none))
+{
+    if (self->q != NULL)
+        shmq_keep_items(self->q);
+    Py_RETURN_NONE;
+}
+
 /* ---- fork hooks: C functions, so that no signal handler can raise in the middle of them */
 
 /* Call `step` for each handle of a dict of weak references that is still there. */
@@ -904,6 +988,7 @@ static PyMethodDef methods[] = {
     {"get", FAST handle_get, KEYWORDS, get_doc},
     {"get_nowait", (PyCFunction)handle_get_nowait, METH_NOARGS, get_nowait_doc},
     {"get_many", FAST handle_get_many, KEYWORDS, get_many_doc},
+    {"lease", (PyCFunction)(void (*)(void))handle_lease, METH_METHOD | KEYWORDS, lease_method_doc},
     {"qsize", (PyCFunction)handle_qsize, METH_NOARGS, qsize_doc},
     {"empty", (PyCFunction)handle_empty, METH_NOARGS, empty_doc},
     {"full", (PyCFunction)handle_full, METH_NOARGS, full_doc},
@@ -922,6 +1007,7 @@ static PyMethodDef methods[] = {
     {"_fault", (PyCFunction)handle_fault, METH_NOARGS, NULL},
     {"_close", (PyCFunction)handle_close, METH_O, NULL},
     {"_is_open", (PyCFunction)handle_is_open, METH_NOARGS, NULL},
+    {"_keep_items", (PyCFunction)handle_keep_items, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL},
 };
 

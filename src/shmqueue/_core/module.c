@@ -1,4 +1,4 @@
-/* module.c - the extension module `shmqueue._core`: the handle type and the core's status codes. */
+/* module.c - the extension module `shmqueue._core`: its types and the core's status codes. */
 #include "binding.h"
 
 static int add_status_codes(PyObject *module)
@@ -10,7 +10,7 @@ static int add_status_codes(PyObject *module)
         {"OK", SHMQ_OK},           {"FULL", SHMQ_FULL},       {"EMPTY", SHMQ_EMPTY},   {"TOO_BIG", SHMQ_TOO_BIG},
         {"BUSY", SHMQ_BUSY},       {"INTR", SHMQ_INTR},       {"CLOSED", SHMQ_CLOSED}, {"FORKED", SHMQ_FORKED},
         {"CORRUPT", SHMQ_CORRUPT}, {"VERSION", SHMQ_VERSION}, {"SYSTEM", SHMQ_SYSTEM}, {"NO_SLOT", SHMQ_NO_SLOT},
-        {"GONE", SHMQ_GONE},
+        {"GONE", SHMQ_GONE},       {"CLAIMED", SHMQ_CLAIMED},
     };
     for (size_t i = 0; i < sizeof codes / sizeof *codes; i++)
         if (PyModule_AddIntConstant(module, codes[i].name, codes[i].value) < 0)
@@ -18,16 +18,40 @@ static int add_status_codes(PyObject *module)
     return 0;
 }
 
+static PyTypeObject *add_type(PyObject *module, PyType_Spec *spec)
+{
+    PyTypeObject *type = (PyTypeObject *)PyType_FromModuleAndSpec(module, spec, NULL);
+    if (type != NULL && PyModule_AddType(module, type) < 0)
+        Py_CLEAR(type);
+    return type;
+}
+
 static int exec(PyObject *module)
 {
-    PyObject *type = PyType_FromModuleAndSpec(module, &handle_spec, NULL);
-    if (type == NULL || PyModule_AddType(module, (PyTypeObject *)type) < 0) {
-        Py_XDECREF(type);
+    struct module_state *state = PyModule_GetState(module);
+    PyTypeObject *handle_type = add_type(module, &handle_spec);
+    if (handle_type == NULL)
         return -1;
-    }
-    Py_DECREF(type);
-    return add_status_codes(module);
+    Py_DECREF(handle_type);
+    state->lease_type = add_type(module, &lease_spec);
+    return state->lease_type == NULL ? -1 : add_status_codes(module);
 }
+
+static int traverse(PyObject *module, visitproc visit, void *arg)
+{
+    struct module_state *state = PyModule_GetState(module);
+    Py_VISIT(state->lease_type);
+    return 0;
+}
+
+static int clear(PyObject *module)
+{
+    struct module_state *state = PyModule_GetState(module);
+    Py_CLEAR(state->lease_type);
+    return 0;
+}
+
+static void free_module(void *module) { clear(module); }
 
 static PyMethodDef functions[] = {
     {"before_fork", handles_before_fork, METH_O, NULL},
@@ -39,8 +63,15 @@ static PyMethodDef functions[] = {
 static PyModuleDef_Slot slots[] = {{Py_mod_exec, exec}, {0, NULL}};
 
 static struct PyModuleDef definition = {
-    PyModuleDef_HEAD_INIT,  .m_name = "shmqueue._core", .m_doc = "The binding to the core; see shmqueue.queue.",
-    .m_methods = functions, .m_slots = slots,
+    PyModuleDef_HEAD_INIT,
+    .m_name = "shmqueue._core",
+    .m_doc = "The binding to the core; see shmqueue.queue.",
+    .m_size = sizeof(struct module_state),
+    .m_methods = functions,
+    .m_slots = slots,
+    .m_traverse = traverse,
+    .m_clear = clear,
+    .m_free = free_module,
 };
 
 PyMODINIT_FUNC PyInit__core(void) { return PyModuleDef_Init(&definition); }
