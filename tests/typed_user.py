@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing_extensions import assert_type
 
 import shmqueue
-from shmqueue import DebugRefLogAction, SerializationMethods, ShmQueue, exceptions
+from shmqueue import DebugRefLogAction, Lease, SerializationMethods, ShmQueue, exceptions
 
 
 def producer(jobs: ShmQueue[dict[str, int]]) -> None:
@@ -26,6 +26,16 @@ def consumer(jobs: ShmQueue[dict[str, int]]) -> int:
     assert_type(jobs.get_nowait(), dict[str, int])
     assert_type(jobs.get_many(10, timeout=0.1), list[dict[str, int]])
     return sum(job["id"] for job in jobs)
+
+
+def worker(jobs: ShmQueue[dict[str, int]]) -> None:
+    with jobs.lease(timeout=1) as job:
+        assert_type(job, dict[str, int])
+    lease = jobs.lease(block=False, max_deliveries=3)
+    assert_type(lease, Lease[dict[str, int]])
+    assert_type(lease.item, dict[str, int])
+    if lease.deliveries > 1 and not lease.is_over:
+        lease.give_back()
 
 
 def status(jobs: ShmQueue[str]) -> tuple[int, bool, bool, int, int, int]:
