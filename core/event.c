@@ -7,7 +7,6 @@
 
 #include <limits.h>
 
-#include "failpoint.h"
 #include "port.h"
 #include "shmq.h"
 

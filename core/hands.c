@@ -5,7 +5,6 @@
  * An entry of H without an owner is a record that get_pos has passed: deliverable once it's committed. */
 #include "hands.h"
 
-#include "failpoint.h"
 
 static uint64_t pos1_of(const struct shmq_hands *h, uint32_t i) { return shmq_hand_pos1(&h->entry[i]); }
 

@@ -19,6 +19,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "failpoint.h"
+
 #define SHMQ_MAGIC UINT64_C(0x65756575716d6873) /* "shmqueue" */
 #define SHMQ_FORMAT 1u
 #define SHMQ_SLOTS 512u

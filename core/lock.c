@@ -8,7 +8,6 @@
 
 #include <errno.h>
 
-#include "failpoint.h"
 #include "port.h"
 #include "shmq.h"
 

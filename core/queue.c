@@ -50,9 +50,9 @@ bool shmq_close_begin(struct shmq *q)
 
 int shmq_close_end(struct shmq *q, bool now)
 {
-    atomic_fetch_add(&q->seg->waiters.items, 1);
+    atomic_fetch_add_explicit(&q->seg->waiters.items, 1, memory_order_release);
     port_wake(&q->seg->waiters.items, INT_MAX);
-    atomic_fetch_add(&q->seg->waiters.room, 1);
+    atomic_fetch_add_explicit(&q->seg->waiters.room, 1, memory_order_release);
     port_wake(&q->seg->waiters.room, INT_MAX);
     int rc = now && atomic_load(&q->calls) != (SHMQ_CLOSING | 1) ? shmq_leave(q) : SHMQ_OK;
     if (atomic_fetch_sub(&q->calls, 1) == (SHMQ_CLOSING | 1))

@@ -5,7 +5,6 @@
 
 #include <stdbool.h>
 
-#include "failpoint.h"
 #include "layout.h"
 
 #define SHMQ_READ_TRIES (1u << 20) /* a reader needs a second one only when a whole publication passes it */

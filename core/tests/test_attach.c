@@ -1091,6 +1091,25 @@ static void dies_forking(void *arg)
     shmq_fork_parent(q);
 }
 
+/* As the child would go on. */
+static void dies_forked(void *arg)
+{
+    (void)arg;
+    struct shmq *q = attach(8 * PAGE);
+    CHECK_EQ(shmq_fork_before(q), SHMQ_OK);
+    arm();
+    CHECK_EQ(shmq_fork_child(q), SHMQ_OK);
+}
+
+static void dies_counting(void *arg)
+{
+    (void)arg;
+    struct shmq *q = attach(8 * PAGE);
+    arm();
+    shmq_ref_add(q);
+    CHECK(shmq_ref_drop(q));
+}
+
 static void dies_adopting(void *arg)
 {
     (void)arg;
@@ -1126,6 +1145,8 @@ static void test_death_at_any_point_of_coming_and_going_leaves_a_queue_that_work
     kill_at_every_failpoint("detach as the last", before_nobody, dies_detaching, after_death, &empty);
     kill_at_every_failpoint("leave", before_attached, dies_leaving, after_death, &empty);
     kill_at_every_failpoint("fork", before_attached, dies_forking, after_death, &empty);
+    kill_at_every_failpoint("forked", before_attached, dies_forked, after_death, &empty);
+    kill_at_every_failpoint("references", before_attached, dies_counting, after_death, &empty);
     kill_at_every_failpoint("adopt", before_attached, dies_adopting, after_death, &empty);
     CHECK(died_everywhere_in("core", "attach.c") > 0);
 }
