@@ -482,16 +482,16 @@ void shmq_fork_parent(struct shmq *q)
         unlink_if_unused(q);
 }
 
-/* The parent's threads, calls and pin don't exist in the child. */
+/* The parent's threads and calls don't exist in the child. */
 static void forget_parent(struct shmq *q)
 {
-    q->pin = NULL;
     atomic_store(&q->calls, 0);
     q->cookie = port_cookie();
 }
 
 int shmq_fork_child(struct shmq *q)
 {
+    void *pin;
     int fd = q->child_fd, rc;
     q->child_fd = -1;
     if (fd < 0)
@@ -501,8 +501,9 @@ int shmq_fork_child(struct shmq *q)
         unlink_if_unused(q);
         return SHMQ_CLOSED;
     }
-    if ((rc = port_pin(fd, &q->pin)) == 0) {
+    if ((rc = port_pin(fd, &pin)) == 0) {
         forget_parent(q);
+        q->pin = pin;
         q->self = q->child_self;
         atomic_store_explicit(&q->seg->slot[shmq_slot_of(q->self)].pid, port_pid(), memory_order_relaxed);
     }

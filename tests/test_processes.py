@@ -218,6 +218,13 @@ def test_no_end_of_a_child_takes_the_queue_from_its_parent(queue_name: str, end:
         assert q.get_nowait() == 1
 
 
+def test_a_child_that_shuts_down_and_lives_on_holds_nothing(queue_name: str) -> None:
+    with ShmQueue[int](queue_name) as q, forked(lambda: (q.shutdown(), time.sleep(60))):
+        wait_until(lambda: q.refs == 1)
+        q.shutdown()
+        assert not segment_exists(queue_name)
+
+
 def test_a_child_forked_by_a_child_works_too(queue_name: str) -> None:
     with ShmQueue[int](queue_name) as q:
 

@@ -628,6 +628,25 @@ static void test_forked_child_has_an_attachment_of_its_own(void)
     closes(q);
 }
 
+static void child_that_closes_and_stays(void *arg)
+{
+    (void)arg;
+    CHECK_EQ(shmq_fork_child(inherited), SHMQ_OK);
+    CHECK_EQ(shmq_close(inherited, false), SHMQ_OK);
+    raise(SIGSTOP);
+}
+
+static void test_forked_child_that_closes_is_no_reference_while_it_lives(void)
+{
+    struct shmq *q = attach(PAGE);
+    pid_t pid = fork_with_hooks(q, child_that_closes_and_stays);
+    child_has_stopped(pid);
+    CHECK_EQ(shmq_refs(q), 1);
+    closes(q);
+    CHECK(!exists()); /* else nobody would remove it */
+    let_child_end(pid);
+}
+
 static void child_that_is_late(void *arg)
 {
     raise(SIGSTOP);
@@ -1179,6 +1198,7 @@ static const struct test tests[] = {
     TEST(test_prober_that_lost_its_descriptors_still_finds_the_dead),
     TEST(test_manual_references_go_with_their_attachment),
     TEST(test_forked_child_has_an_attachment_of_its_own),
+    TEST(test_forked_child_that_closes_is_no_reference_while_it_lives),
     TEST(test_queue_stays_while_a_child_is_on_its_way),
     TEST(test_fork_that_failed_leaves_no_reference),
     TEST(test_handle_closed_during_a_fork_leaves_nothing_behind),
