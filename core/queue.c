@@ -99,20 +99,21 @@ int shmq_enter_side_by(struct shmq *q, int side, uint64_t deadline_ns)
 
 /* ---- the other side's position */
 
-/* Where everything below is published; a bound seen earlier will do when it is beyond get_pos. */
+/* Where everything below is published; a bound seen earlier will do when it is beyond get_pos, by no more than can be:
+ * a position that was overwritten and mended since is looked at once more. */
 static int read_put_pos(struct shmq *q, uint64_t get_pos, uint64_t *put_pos)
 {
     struct shmq_mark mark;
     uint64_t seq = 0;
     *put_pos = atomic_load_explicit(&q->put_seen, memory_order_acquire);
-    if (*put_pos <= get_pos) {
-        if (!shmq_side_read(shmq_side(q, SHMQ_PRODUCING), &mark, &seq))
-            return shmq_corrupt(q, "producing.seq", seq, 0);
-        *put_pos = mark.pos;
-        atomic_store_explicit(&q->put_seen, mark.pos, memory_order_release);
-    }
-    if (*put_pos - get_pos > q->ring.capacity)
-        return shmq_corrupt(q, "put_pos - get_pos", *put_pos - get_pos, q->ring.capacity);
+    if (*put_pos - get_pos - 1 < q->ring.capacity)
+        return SHMQ_OK;
+    if (!shmq_side_read(shmq_side(q, SHMQ_PRODUCING), &mark, &seq))
+        return shmq_corrupt(q, "producing.seq", seq, 0);
+    if (mark.pos - get_pos > q->ring.capacity)
+        return shmq_corrupt(q, "put_pos - get_pos", mark.pos - get_pos, q->ring.capacity);
+    *put_pos = mark.pos;
+    atomic_store_explicit(&q->put_seen, mark.pos, memory_order_release);
     return SHMQ_OK;
 }
 

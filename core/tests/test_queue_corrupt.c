@@ -344,11 +344,28 @@ static void test_each_broken_value_is_named(void)
     shmq_free(q);
 }
 
+static void test_position_that_was_mended_is_forgotten(void)
+{
+    q = attach(CAPACITY);
+    struct shmq_mark_hdr *put = &shmq_side(q, SHMQ_PRODUCING)->mark[0], *get = &shmq_side(q, SHMQ_CONSUMING)->mark[0];
+    put->pos = UINT64_C(1) << 60;
+    reads(SHMQ_CORRUPT);
+    get->pos = put->pos - 100; /* the two fit together, so that the bound is kept */
+    *shmq_ring_at(&q->ring, get->pos) = 0;
+    reads(SHMQ_CORRUPT);
+    put->pos = get->pos = 0;
+    reads(SHMQ_EMPTY);
+    puts_ok(q, 1, 100);
+    gets(q, 1);
+    shmq_free(q);
+}
+
 static const struct test tests[] = {
     TEST(test_random_values_anywhere_cost_a_status_and_never_more),
     TEST(test_entry_of_all_ones_does_not_keep_a_getter_awake),
     TEST(test_lock_word_that_names_nobody_alive_is_taken_over),
     TEST(test_lock_word_that_names_somebody_alive_is_busy_and_no_more),
     TEST(test_each_broken_value_is_named),
+    TEST(test_position_that_was_mended_is_forgotten),
 };
 RUN_TESTS(tests)
