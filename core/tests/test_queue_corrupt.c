@@ -360,6 +360,59 @@ static void test_position_that_was_mended_is_forgotten(void)
     shmq_free(q);
 }
 
+/* get_many() without a number asks for as many as there are: a count that no ring can hold is none. */
+static void test_counts_that_no_ring_can_hold_are_named(void)
+{
+    struct shmq_info info;
+    q = attach(CAPACITY);
+    puts_ok(q, 1, 100);
+    _Atomic uint64_t *count = &shmq_side(q, SHMQ_PRODUCING)->mark[1].count;
+    const uint64_t counts[] = {UINT64_MAX, INT64_MAX, UINT64_C(1) << 40, 108 / 8 + 1};
+    for (size_t i = 0; i < sizeof counts / sizeof *counts; i++) {
+        *count = counts[i];
+        CHECK_EQ(shmq_info(q, &info), SHMQ_CORRUPT);
+        CHECK(strcmp(shmq_fault(q)->what, "records between get_pos and put_pos") == 0);
+        CHECK(shmq_fault(q)->found == counts[i] && shmq_fault(q)->allowed == 108 / 8);
+    }
+    *count = 0;
+    reserve(10);
+    shmq_side(q, SHMQ_PRODUCING)->mark[0].count = 0;
+    CHECK_EQ(shmq_info(q, &info), SHMQ_CORRUPT);
+    CHECK(strcmp(shmq_fault(q)->what, "reservations between get_pos and put_pos") == 0);
+    shmq_free(q);
+}
+
+static _Atomic bool is_over;
+
+static void *publish(void *arg)
+{
+    struct shmq_side_hdr *side = shmq_side(q, SHMQ_CONSUMING);
+    while (!is_over)
+        side->seq += 2;
+    return arg;
+}
+
+static void test_status_of_a_full_table_that_never_holds_still_comes_soon(void)
+{
+    pthread_t thread;
+    struct shmq_info info;
+    q = attach(CAPACITY);
+    for (int side = 0; side < 2; side++)
+        shmq_side_publish(shmq_side(q, side), (struct shmq_mark){CAPACITY, 0});
+    for (uint32_t i = 0; i < SHMQ_H_ENTRIES; i++)
+        CHECK(shmq_hands_take(&q->claims, 0, CAPACITY, 0) >= 0);
+    for (uint64_t pos = 0; pos < CAPACITY; pos += 8)
+        *shmq_ring_at(&q->ring, pos) = SHMQ_COMMITTED;
+    CHECK_EQ(pthread_create(&thread, NULL, publish, NULL), 0);
+    while (shmq_side(q, SHMQ_CONSUMING)->seq < 1000)
+        sched_yield();
+    began_ns = shmq_now_ns();
+    CHECK_EQ(ends("info", shmq_info(q, &info)), SHMQ_OK);
+    is_over = true;
+    pthread_join(thread, NULL);
+    shmq_free(q);
+}
+
 static const struct test tests[] = {
     TEST(test_random_values_anywhere_cost_a_status_and_never_more),
     TEST(test_entry_of_all_ones_does_not_keep_a_getter_awake),
@@ -367,5 +420,7 @@ static const struct test tests[] = {
     TEST(test_lock_word_that_names_somebody_alive_is_busy_and_no_more),
     TEST(test_each_broken_value_is_named),
     TEST(test_position_that_was_mended_is_forgotten),
+    TEST(test_counts_that_no_ring_can_hold_are_named),
+    TEST(test_status_of_a_full_table_that_never_holds_still_comes_soon),
 };
 RUN_TESTS(tests)
