@@ -167,13 +167,19 @@ static bool is_named(int fd, const char *path)
 
 #define NO_SLOT_OF_OURS SHMQ_SLOTS
 
-/* Does a live attachment other than `own` hold a slot? Asked through fd, which holds none. Yes when in doubt. */
+/* Does a live attachment other than `own` hold a slot? Asked through fd, which holds none. Yes when in doubt. Without
+ * `own` one question sees all at one instant; around it takes three, lest one that forks from above to below between two
+ * of them, and dies, isn't seen. */
 static bool is_anyone_live(int fd, uint32_t own)
 {
+    const uint32_t from[] = {0, own + 1, 0}, to[] = {own, SHMQ_SLOTS, own};
     uint64_t byte = UINT64_MAX;
-    int rc = own > 0 ? port_first_locked(fd, SHMQ_SLOT_BYTE(0), SHMQ_SLOT_BYTE(own - 1), &byte) : 0;
-    if (rc == 0 && byte == UINT64_MAX && own + 1 < SHMQ_SLOTS)
-        rc = port_first_locked(fd, SHMQ_SLOT_BYTE(own + 1), SHMQ_SLOT_BYTE(SHMQ_SLOTS - 1), &byte);
+    int rc = 0;
+    if (own == NO_SLOT_OF_OURS)
+        return port_first_locked(fd, SHMQ_SLOT_BYTE(0), SHMQ_SLOT_BYTE(SHMQ_SLOTS - 1), &byte) != 0 || byte != UINT64_MAX;
+    for (int i = 0; i < 3 && rc == 0 && byte == UINT64_MAX; i++)
+        if (from[i] < to[i])
+            rc = port_first_locked(fd, SHMQ_SLOT_BYTE(from[i]), SHMQ_SLOT_BYTE(to[i] - 1), &byte);
     return rc != 0 || byte != UINT64_MAX;
 }
 
@@ -467,6 +473,7 @@ int shmq_fork_before(struct shmq *q)
         return SHMQ_GONE;
     }
     q->child_self = occupy_slot(q->seg, slot);
+    q->parent_pid = port_pid();
     q->child_fd = fd;
     return SHMQ_OK;
 }
@@ -501,11 +508,17 @@ int shmq_fork_child(struct shmq *q)
         unlink_if_unused(q);
         return SHMQ_CLOSED;
     }
+    /* Two threads that fork at once may have two children come here with one slot: the first one takes it. */
+    uint32_t parent = q->parent_pid;
+    if (!atomic_compare_exchange_strong_explicit(&q->seg->slot[shmq_slot_of(q->child_self)].pid, &parent, port_pid(),
+                                                 memory_order_relaxed, memory_order_relaxed)) {
+        port_close(fd);
+        return SHMQ_GONE; /* this one adopts */
+    }
     if ((rc = port_pin(fd, &pin)) == 0) {
         forget_parent(q);
         q->pin = pin;
         q->self = q->child_self;
-        atomic_store_explicit(&q->seg->slot[shmq_slot_of(q->self)].pid, port_pid(), memory_order_relaxed);
     }
     port_close(fd);
     return rc == 0 ? SHMQ_OK : fail_system(&q->fault, "pin", rc);

@@ -23,6 +23,7 @@ struct shmq {
     int probe_fd;          /* never holds a lock; -1 when lost */
     int child_fd;          /* between fork_before and fork_parent or fork_child: the child's slot, locked */
     uint64_t child_self;
+    uint32_t parent_pid;   /* what the child's slot says until the child has it */
     bool was_created, may_spin, keeps_items;
     _Atomic uint32_t
         calls; /* who holds the handle; SHMQ_CLOSING: nobody may any more, and the last to let go detaches */

@@ -146,7 +146,9 @@ bool shmq_hands_sweep_claims(const struct shmq_hands *h, shmq_is_dead_fn *is_dea
  * it is gone, else its state is its own. */
 static void abandon(const struct shmq_hands *h, uint32_t i, const struct shmq_ring *ring, uint64_t free_pos)
 {
-    uint64_t pos = pos1_of(h, i) - 1;
+    uint64_t pos1 = pos1_of(h, i), pos = pos1 - 1;
+    if (pos1 == 0)
+        return; /* its owner came to the end of it before it left, while we asked */
     uint8_t state = pos < free_pos ? SHMQ_COMMITTED : shmq_ring_state(ring, pos);
     if (state == SHMQ_COMMITTED) {
         shmq_hands_free(h, (int32_t)i); /* it died after its commit */

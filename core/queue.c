@@ -355,9 +355,12 @@ SHMQ_COLD static int32_t deliverable(struct shmq *q)
     shmq_hands_trim(&q->claims);
     for (uint32_t i = 0, top = shmq_hands_top(&q->claims); i < top; i++) {
         const struct shmq_hand_hdr *e = &q->claims.entry[i];
+        /* the owner first: without one only the lock's holder changes the entry, with one it may be advanced and then
+         * given back in between, and what stood there before may be anybody's bytes by now */
+        if (shmq_hand_owner(e) != 0)
+            continue;
         uint64_t pos1 = shmq_hand_pos1(e);
-        if (pos1 == 0 || pos1 > lowest ||
-            shmq_hand_owner(e) != 0) /* not >=: garbage of all ones is for the caller to name */
+        if (pos1 == 0 || pos1 > lowest) /* not >=: garbage of all ones is for the caller to name */
             continue;
         uint8_t state = shmq_ring_state(&q->ring, pos1 - 1);
         if (state == SHMQ_ABANDONED) {
@@ -511,7 +514,7 @@ static int get_batch_locked(struct shmq *q, struct shmq_in *in, uint32_t *n)
         return SHMQ_EMPTY;
     int32_t hand = shmq_hands_take(&q->claims, start, mark.pos, q->self);
     if (hand < 0)
-        return shmq_corrupt(q, "claims", SHMQ_H_ENTRIES, SHMQ_H_CLAIMS / 2);
+        return SHMQ_EMPTY;
     for (uint32_t i = 0; i < *n; i++)
         describe(q, &r[i], hand, &in[i]);
     shmq_side_publish(shmq_side(q, SHMQ_CONSUMING), mark);
@@ -692,8 +695,7 @@ static int wait_for_items(struct shmq *q, uint64_t seen, uint64_t deadline_ns)
     if (may_take(q) || shmq_is_closing(q))
         return SHMQ_OK;
     int rc = sleep_by(q, &w->items, key, deadline_ns);
-    if (rc == SHMQ_OK)
-        shmq_items_begin(w); /* who woke us has lowered the flag; others may still be asleep */
+    shmq_items_begin(w); /* who woke us has lowered the flag; others may still be asleep */
     return rc;
 }
 
@@ -773,6 +775,8 @@ SHMQ_COLD int shmq_get_wait(struct shmq *q, uint8_t *scratch, struct shmq_in *in
     if (rc != SHMQ_OK)
         return rc;
     rc = get_wait(q, scratch, in, deadline_ns);
+    if (rc != SHMQ_OK)
+        after_get(q); /* who was woken, and goes without an item, wakes the next */
     shmq_let_go(q);
     return rc;
 }

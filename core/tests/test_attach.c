@@ -647,6 +647,40 @@ static void test_forked_child_that_closes_is_no_reference_while_it_lives(void)
     let_child_end(pid);
 }
 
+static uint64_t *selves;
+
+/* Of two that come with one slot, one gets it and the other an attachment of its own. */
+static void child_of_two_forks(void *arg)
+{
+    int rc = shmq_fork_child(inherited);
+    CHECK(rc == SHMQ_OK || rc == SHMQ_GONE);
+    if (rc == SHMQ_GONE)
+        CHECK_EQ(shmq_adopt(inherited), SHMQ_OK);
+    selves[(uintptr_t)arg] = inherited->self;
+    raise(SIGSTOP);
+    CHECK_EQ(shmq_close(inherited, false), SHMQ_OK);
+}
+
+static void test_children_of_two_forks_at_once_are_two(void)
+{
+    pid_t pid[2];
+    struct shmq *q = inherited = attach(PAGE);
+    selves = shared_bytes(2 * sizeof *selves);
+    CHECK_EQ(shmq_fork_before(q), SHMQ_OK);
+    for (uintptr_t i = 0; i < 2; i++)
+        pid[i] = start_child(child_of_two_forks, (void *)i);
+    shmq_fork_parent(q);
+    for (int i = 0; i < 2; i++)
+        child_has_stopped(pid[i]);
+    CHECK(selves[0] != selves[1] && selves[0] != q->self && selves[1] != q->self);
+    CHECK_EQ(shmq_refs(q), 3);
+    for (int i = 0; i < 2; i++)
+        let_child_end(pid[i]);
+    CHECK_EQ(shmq_refs(q), 1);
+    closes(q);
+    CHECK(!exists());
+}
+
 static void child_that_is_late(void *arg)
 {
     raise(SIGSTOP);
@@ -1199,6 +1233,7 @@ static const struct test tests[] = {
     TEST(test_manual_references_go_with_their_attachment),
     TEST(test_forked_child_has_an_attachment_of_its_own),
     TEST(test_forked_child_that_closes_is_no_reference_while_it_lives),
+    TEST(test_children_of_two_forks_at_once_are_two),
     TEST(test_queue_stays_while_a_child_is_on_its_way),
     TEST(test_fork_that_failed_leaves_no_reference),
     TEST(test_handle_closed_during_a_fork_leaves_nothing_behind),

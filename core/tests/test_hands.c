@@ -327,6 +327,27 @@ static void test_room_is_free_only_when_its_last_reader_has_let_go(void)
     CHECK_EQ(shmq_hands_lowest(&hands, ROUNDS), ROUNDS);
 }
 
+/* While the sweeper asks, the owner comes to the end of its put and leaves. */
+static bool is_dead_after_its_end(void *arg, uint64_t owner)
+{
+    (void)arg;
+    (void)owner;
+    shmq_hands_free(&hands, 0);
+    return true;
+}
+
+static void test_sweep_leaves_the_ring_alone_when_a_put_ends_as_it_asks(void)
+{
+    uint8_t bytes[128], before[128];
+    const struct shmq_ring ring = {bytes, 64, 63};
+    memset(bytes, 0x55, sizeof bytes);
+    memcpy(before, bytes, sizeof bytes);
+    take(0, 0, 20, 8);
+    shmq_hands_sweep_reservations(&hands, &ring, 0, is_dead_after_its_end, NULL);
+    is_free(0);
+    CHECK_EQ(memcmp(bytes, before, sizeof bytes), 0);
+}
+
 static const struct test tests[] = {
     TEST(test_take_uses_the_first_free_entry),
     TEST(test_take_is_refused_by_a_full_table),
@@ -345,5 +366,6 @@ static const struct test tests[] = {
     TEST(test_abandoned_reservations_settle_once_get_pos_has_passed),
     TEST(test_beginning_that_died_is_free_or_void),
     TEST(test_room_is_free_only_when_its_last_reader_has_let_go),
+    TEST(test_sweep_leaves_the_ring_alone_when_a_put_ends_as_it_asks),
 };
 RUN_TESTS(tests)
