@@ -3,6 +3,8 @@
 #   make demo       install into $(VENV) and run examples/word_count.py
 #   make test       C tests, linter, type checkers, Python tests
 #   make sanitize   C tests under ASan+UBSan and under TSan, a Python run under ASan+UBSan
+#   make storm      kill a queue's workers 10,000 times, then again with leases, and fail where the others stand still
+#                   for over 1 s; takes about 15 minutes. STORM_ARGS='--seed 1' adds arguments
 #   make clean      remove what the above made
 #
 # PYTHON and VENV choose another interpreter and place: make test PYTHON=python3.12 VENV=.venv-3.12
@@ -34,7 +36,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 SAY := @printf '==> %s\n'
 
-.PHONY: install demo test ctest lint types pytest sanitize sanitize-c sanitize-python clean system
+.PHONY: install demo test ctest lint types pytest storm sanitize sanitize-c sanitize-python clean system
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -99,6 +101,16 @@ types: $(VENV)/.installed-tests
 pytest: $(VENV)/.installed-tests
 	$(SAY) 'Python tests'
 	@$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+# --- the long storm; a short one is among the Python tests -----------------------------------------
+
+STORM := $(VENV)/bin/shmqueue storm --kills 10000 --timeout 1 $(STORM_ARGS)
+
+storm: $(VENV)/.installed
+	$(SAY) 'killing workers 10,000 times'
+	@$(STORM)
+	$(SAY) 'again, with leases'
+	@$(STORM) --lease
 
 # --- C tests: each core/tests/test_*.c is a program, linked with the whole core ----------------
 

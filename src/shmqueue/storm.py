@@ -50,6 +50,10 @@ WAIT_S = 3600.0
 START_S, CALM_S, DRAIN_S = 60.0, 10.0, 60.0
 """Seconds for what isn't measured: the first start, each worker's next item when the killing is over, the emptying."""
 
+TEARDOWN_S = 1.0
+"""Seconds until a killed process must have ceased to count. As a rule it has when its parent is told, but who just
+reads its ``/proc/<pid>/environ``, as ``ps`` and the like do, holds its memory, and with it its place in the queue."""
+
 FREEZE_S = 0.02
 """Seconds that a worker is stopped, at most."""
 
@@ -323,7 +327,9 @@ class Shm(Contender):
         return pid in (self._queue._lock_pid(0), self._queue._lock_pid(1))
 
     def faults(self, users: int, *, is_empty: bool = False) -> list[str]:
-        refs = self._queue.refs
+        deadline = time.monotonic() + TEARDOWN_S
+        while (refs := self._queue.refs) > 1 + users and time.monotonic() < deadline:
+            time.sleep(0.001)
         found = [f"{refs} references, at most {1 + users} processes use it"] if refs > 1 + users else []
         if is_empty:
             found += self._queue.check()
