@@ -63,6 +63,17 @@ static int probe_fd(struct shmq *q)
     return q->probe_fd = fd;
 }
 
+SHMQ_COLD int shmq_check_file(struct shmq *q)
+{
+    struct port_file file;
+    bool is_cut = port_stat(q->probe_fd, &file) == 0 && is_same_file(&file, &q->file) && file.size < q->file.size;
+    if (is_cut) {
+        shmq_corrupt(q, "file size", file.size, q->file.size);
+        atomic_store(&q->is_cut, true);
+    }
+    return atomic_load(&q->is_cut) ? SHMQ_CORRUPT : SHMQ_OK;
+}
+
 /* Is this slot's byte locked by somebody? Yes when in doubt: a live owner must never be robbed. */
 static bool is_slot_locked(struct shmq *q, uint32_t slot)
 {
@@ -347,6 +358,8 @@ static int attach(struct shmq *q, uint64_t capacity, struct shmq_fault *fault)
         rc = fail_system(fault, "map", error);
     if (rc == SHMQ_OK && !is_named(fd, q->path)) /* asked last, so that what was mapped is the same */
         rc = fail_system(fault, "open", ENOENT); /* unlinked while we waited: start over */
+    if (rc == SHMQ_OK && q->file.size != hdr.ring_offset + hdr.capacity) /* cut while we waited */
+        rc = fail(fault, SHMQ_CORRUPT, "file size", q->file.size, hdr.ring_offset + hdr.capacity, 0);
     if (rc == SHMQ_OK && is_stale(q, fd, capacity)) {
         port_unlink(q->path);
         rc = fail_system(fault, "open", ENOENT);
@@ -466,7 +479,7 @@ int shmq_fork_before(struct shmq *q)
     shmq_fork_parent(q); /* of another thread's fork, or of one that an exception cut short: that child adopts */
     if (shmq_usable(q) != SHMQ_OK)
         return SHMQ_CLOSED;
-    if (port_open(q->path, &fd) != 0)
+    if (shmq_check_file(q) != SHMQ_OK || port_open(q->path, &fd) != 0)
         return SHMQ_GONE;
     if (port_stat(fd, &file) != 0 || !is_same_file(&file, &q->file) || lock_slot(fd, q->seg, &slot) != SHMQ_OK) {
         port_close(fd);
@@ -546,6 +559,8 @@ int shmq_adopt(struct shmq *q)
     int rc;
     if (q->seg == NULL || shmq_is_closing(q))
         return SHMQ_CLOSED;
+    if (shmq_check_file(q) != SHMQ_OK)
+        return SHMQ_CORRUPT;
     do {
         port_fork_guard();
         rc = try_to_adopt(q);
@@ -560,7 +575,8 @@ static void let_go_of_slot(struct shmq *q)
 {
     if (q->pin == NULL)
         return;
-    atomic_store_explicit(&q->seg->slot[shmq_slot_of(q->self)].is_attached, 0, memory_order_release);
+    if (!q->is_cut)
+        atomic_store_explicit(&q->seg->slot[shmq_slot_of(q->self)].is_attached, 0, memory_order_release);
     port_unpin(q->pin);
     q->pin = NULL;
 }
@@ -570,7 +586,8 @@ void shmq_keep_items(struct shmq *q) { q->keeps_items = true; }
 static bool has_items(struct shmq *q)
 {
     struct shmq_info info;
-    return shmq_info(q, &info) == SHMQ_OK && (info.qsize > 0 || info.free_pos < info.get_pos); /* or claimed ones */
+    return !q->is_cut && shmq_info(q, &info) == SHMQ_OK &&
+           (info.qsize > 0 || info.free_pos < info.get_pos); /* or claimed ones */
 }
 
 /* Under byte 0: unlink unless somebody else lives; then let go of the slot if asked. BUSY: none of it. */
@@ -590,7 +607,8 @@ static int try_to_unlink(struct shmq *q, bool let_go)
         return rc;
     }
     if (rc == SHMQ_OK && is_named(fd, q->path)) {
-        atomic_store_explicit(&q->seg->waiters.busy_pid, port_pid(), memory_order_relaxed);
+        if (!q->is_cut)
+            atomic_store_explicit(&q->seg->waiters.busy_pid, port_pid(), memory_order_relaxed);
         bool stays = is_anyone_live(fd, shmq_slot_of(q->self)) || (q->keeps_items && has_items(q));
         int error = stays ? 0 : port_unlink(q->path);
         if (error != 0)
@@ -627,6 +645,7 @@ int shmq_detach(struct shmq *q)
     if (atomic_exchange(&q->is_detached, true))
         return SHMQ_OK;
     if (is_ours(q)) {
+        shmq_check_file(q);
         drop_probe(q); /* first: unlinking needs a descriptor, and there may be no other left */
         rc = unlink_if_last(q, true);
         port_fork_guard();

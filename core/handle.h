@@ -28,6 +28,7 @@ struct shmq {
     _Atomic uint32_t
         calls; /* who holds the handle; SHMQ_CLOSING: nobody may any more, and the last to let go detaches */
     _Atomic bool is_detached;
+    _Atomic bool is_cut; /* the file was found shorter than it was: nothing of the mapping is touched any more */
     /* what we last saw of the other side: bounds that can only be behind */
     _Atomic uint64_t put_seen, free_seen;
     _Atomic uint64_t next_look_ns; /* for the dead, on the way of a get */

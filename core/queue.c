@@ -48,12 +48,18 @@ bool shmq_close_begin(struct shmq *q)
     return true;
 }
 
+static void wake_all(_Atomic uint32_t *count)
+{
+    atomic_fetch_add_explicit(count, 1, memory_order_release);
+    port_wake(count, INT_MAX);
+}
+
 int shmq_close_end(struct shmq *q, bool now)
 {
-    atomic_fetch_add_explicit(&q->seg->waiters.items, 1, memory_order_release);
-    port_wake(&q->seg->waiters.items, INT_MAX);
-    atomic_fetch_add_explicit(&q->seg->waiters.room, 1, memory_order_release);
-    port_wake(&q->seg->waiters.room, INT_MAX);
+    if (shmq_check_file(q) == SHMQ_OK) { /* else they see it when their sleep runs out */
+        wake_all(&q->seg->waiters.items);
+        wake_all(&q->seg->waiters.room);
+    }
     int rc = now && atomic_load(&q->calls) != (SHMQ_CLOSING | 1) ? shmq_leave(q) : SHMQ_OK;
     if (atomic_fetch_sub(&q->calls, 1) == (SHMQ_CLOSING | 1))
         rc = shmq_detach(q);
@@ -634,6 +640,8 @@ int shmq_get_batch_try(struct shmq *q, struct shmq_in *in, uint32_t *n)
 
 void shmq_give_back_from(struct shmq *q, int32_t hand, uint64_t pos)
 {
+    if (q->is_cut)
+        return;
     bool is_any_left = pos < shmq_hand_end(&q->claims.entry[hand]); /* if not, the entry may be another's in a moment */
     shmq_hands_advance(&q->claims, hand, pos);
     if (is_any_left)
@@ -645,6 +653,8 @@ void shmq_give_back_from(struct shmq *q, int32_t hand, uint64_t pos)
 
 void shmq_release(struct shmq *q, int32_t hand)
 {
+    if (q->is_cut)
+        return;
     shmq_hands_free(&q->claims, hand);
     atomic_thread_fence(memory_order_seq_cst); /* [W2] */
     after_get(q);
@@ -652,13 +662,15 @@ void shmq_release(struct shmq *q, int32_t hand)
 
 /* ---- wait */
 
-/* Sleep until woken, at most until the deadline; a sleep that just runs out ends in a sweep. OK | INTR */
+/* Sleep until woken, at most until the deadline; a sleep that just runs out ends in a sweep. OK | INTR | CORRUPT */
 static int sleep_by(struct shmq *q, _Atomic uint32_t *count, uint32_t key, uint64_t deadline_ns)
 {
     uint64_t now = shmq_now_ns(), slice = shmq_is_in_hand(q) ? WAIT_IN_HAND_NS : WAIT_NS;
     if (deadline_ns <= now)
         return SHMQ_OK;
     int rc = shmq_sleep(count, key, earlier(slice, deadline_ns - now));
+    if (rc != 0 && shmq_check_file(q) != SHMQ_OK)
+        return SHMQ_CORRUPT;
     if (rc == ETIMEDOUT)
         sweep(q, SWEEP_LOCK_NS);
     return rc == 0 ? SHMQ_OK : SHMQ_INTR;
@@ -695,7 +707,8 @@ static int wait_for_items(struct shmq *q, uint64_t seen, uint64_t deadline_ns)
     if (may_take(q) || shmq_is_closing(q))
         return SHMQ_OK;
     int rc = sleep_by(q, &w->items, key, deadline_ns);
-    shmq_items_begin(w); /* who woke us has lowered the flag; others may still be asleep */
+    if (rc != SHMQ_CORRUPT)
+        shmq_items_begin(w); /* who woke us has lowered the flag; others may still be asleep */
     return rc;
 }
 
@@ -725,9 +738,9 @@ SHMQ_COLD static int put_wait(struct shmq *q, const struct shmq_out *outs, uint3
         if (shmq_now_ns() >= deadline_ns) {
             if (!swept_at_the_end(q, &is_swept))
                 return SHMQ_FULL;
-        } else if (wait_for_room(q, outs[0].size, deadline_ns) != SHMQ_OK) {
-            if (shmq_now_ns() < deadline_ns)
-                return SHMQ_INTR;
+        } else if ((rc = wait_for_room(q, outs[0].size, deadline_ns)) != SHMQ_OK) {
+            if (rc == SHMQ_CORRUPT || shmq_now_ns() < deadline_ns)
+                return rc;
         }
     }
 }
@@ -761,11 +774,11 @@ SHMQ_COLD static int get_wait(struct shmq *q, uint8_t *scratch, struct shmq_in *
         if (shmq_now_ns() >= deadline_ns) {
             if (!swept_at_the_end(q, &is_swept))
                 return rc;
-        } else if ((rc == SHMQ_EMPTY ? wait_for_items(q, seen, deadline_ns) : wait_for_a_claim(q, deadline_ns)) !=
-                   SHMQ_OK) {
-            if (shmq_now_ns() < deadline_ns)
-                return SHMQ_INTR;
+            continue;
         }
+        rc = rc == SHMQ_EMPTY ? wait_for_items(q, seen, deadline_ns) : wait_for_a_claim(q, deadline_ns);
+        if (rc == SHMQ_CORRUPT || (rc != SHMQ_OK && shmq_now_ns() < deadline_ns))
+            return rc;
     }
 }
 
@@ -775,7 +788,7 @@ SHMQ_COLD int shmq_get_wait(struct shmq *q, uint8_t *scratch, struct shmq_in *in
     if (rc != SHMQ_OK)
         return rc;
     rc = get_wait(q, scratch, in, deadline_ns);
-    if (rc != SHMQ_OK)
+    if (rc != SHMQ_OK && rc != SHMQ_CORRUPT)
         after_get(q); /* who was woken, and goes without an item, wakes the next */
     shmq_let_go(q);
     return rc;

@@ -150,6 +150,10 @@ void shmq_sweep(struct shmq *q);
 
 /* ---- looking ------------------------------------------------------------------------------------------------ */
 
+/* Is the segment's file still as long as it was? To touch what has been cut off ends the process (SIGBUS). So calls
+ * that can afford to ask do: forks, closing, a sleep that has run out; in the binding the status calls. OK | CORRUPT */
+int shmq_check_file(struct shmq *q);
+
 int shmq_info(struct shmq *q, struct shmq_info *info); /* one instant; takes no lock. OK | CORRUPT | ... */
 bool shmq_is_in_hand(const struct shmq *q);            /* may a record be in hand? */
 uint64_t shmq_capacity(const struct shmq *q);

@@ -1204,6 +1204,117 @@ static void test_death_at_any_point_of_coming_and_going_leaves_a_queue_that_work
     CHECK(died_everywhere_in("core", "attach.c") > 0);
 }
 
+/* ---- a file that is cut while it is attached */
+
+static uint64_t segment_bytes(void) { return (sizeof(struct shmq_segment) + PAGE - 1) / PAGE * PAGE + PAGE; }
+
+static struct shmq *attach_and_cut(off_t size)
+{
+    struct shmq *q = attach(PAGE);
+    puts_ok(q, 1, 10);
+    CHECK_EQ(truncate(check_path, size), 0);
+    return q;
+}
+
+static void test_file_that_was_cut_is_named_and_can_be_closed(void)
+{
+    const off_t sizes[] = {0, 1, 4096, (off_t)segment_bytes() - 4096};
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
+        context("%jd bytes", (intmax_t)sizes[i]);
+        struct shmq *q = attach_and_cut(sizes[i]);
+        CHECK_EQ(shmq_check_file(q), SHMQ_CORRUPT);
+        CHECK(strcmp(shmq_fault(q)->what, "file size") == 0 && shmq_fault(q)->found == (uint64_t)sizes[i]);
+        CHECK_EQ(shmq_fault(q)->allowed, segment_bytes());
+        CHECK_EQ(shmq_fork_before(q), SHMQ_GONE);
+        CHECK_EQ(shmq_close(q, i % 2), SHMQ_OK);
+        CHECK(!exists()); /* of no use to anybody */
+        shmq_free(q);
+    }
+}
+
+static void attach_in_vain(void *arg)
+{
+    struct shmq_fault fault;
+    (void)arg;
+    CHECK_EQ(refused(PAGE, &fault), SHMQ_CORRUPT);
+    CHECK(strcmp(fault.what, "file size") == 0 && fault.found == PAGE);
+}
+
+static void test_file_that_is_cut_while_somebody_waits_to_attach_is_refused(void)
+{
+    struct shmq *q = attach(PAGE);
+    int fd;
+    CHECK_EQ(port_open(check_path, &fd), 0);
+    CHECK_EQ(port_lock_byte(fd, 0), 0);
+    pid_t child = start_child(attach_in_vain, NULL);
+    pause_ms(50); /* it has read the header by then, or refuses for the same reason when it does */
+    CHECK_EQ(truncate(check_path, (off_t)PAGE), 0);
+    CHECK_EQ(port_unlock_byte(fd, 0), 0);
+    child_ends_well(child);
+    port_close(fd);
+    closes(q);
+}
+
+static void cut_soon(void *arg)
+{
+    pause_ms(20);
+    CHECK_EQ(truncate(arg, 0), 0);
+}
+
+static void test_who_sleeps_while_the_file_is_cut_is_told(void)
+{
+    uint8_t scratch[SHMQ_SMALL];
+    struct shmq_in in;
+    struct shmq_part part = {scratch, PAGE - 50};
+    struct shmq_out out = shmq_out(&part, 1, 0, false);
+    uint32_t done;
+    for (int is_put = 0; is_put < 2; is_put++) {
+        struct shmq *q = attach(PAGE);
+        if (is_put)
+            puts_ok(q, 1, 100);
+        pid_t child = start_child(cut_soon, check_path);
+        int rc;
+        do {
+            rc = is_put ? shmq_put_wait(q, &out, 1, &done, in_ms(STATE_MS))
+                        : shmq_get_wait(q, scratch, &in, in_ms(STATE_MS));
+        } while (rc == SHMQ_INTR);
+        CHECK_EQ(rc, SHMQ_CORRUPT);
+        CHECK(strcmp(shmq_fault(q)->what, "file size") == 0);
+        child_ends_well(child);
+        shmq_free(q);
+    }
+}
+
+static void test_claims_of_a_file_that_was_cut_can_be_let_go_of(void)
+{
+    struct shmq_in in;
+    struct shmq *q = attach(PAGE);
+    puts_ok(q, 1, 10);
+    CHECK_EQ(shmq_get_try(q, NULL, &in), SHMQ_OK);
+    CHECK_EQ(shmq_hold(q), SHMQ_OK); /* as a lease does */
+    CHECK_EQ(truncate(check_path, 0), 0);
+    CHECK_EQ(shmq_close(q, true), SHMQ_OK);
+    shmq_give_back_from(q, in.hand, in.pos);
+    shmq_release(q, in.hand);
+    shmq_let_go(q);
+    shmq_free(q);
+}
+
+static void use_inherited(void *arg)
+{
+    struct shmq *q = arg;
+    CHECK_EQ(shmq_usable(q), SHMQ_FORKED);
+    CHECK_EQ(shmq_adopt(q), SHMQ_CORRUPT);
+    shmq_free(q);
+}
+
+static void test_forked_child_does_not_adopt_a_file_that_was_cut(void)
+{
+    struct shmq *q = attach_and_cut(0);
+    child_ends_well(start_child(use_inherited, q));
+    shmq_free(q);
+}
+
 static const struct test tests[] = {
     TEST(test_first_creates_and_others_attach),
     TEST(test_segment_has_its_size_and_mode_whatever_the_umask),
@@ -1249,5 +1360,10 @@ static const struct test tests[] = {
     TEST(test_of_those_that_leave_at_one_time_the_last_unlinks),
     TEST(test_close_spares_what_now_has_its_descriptors_number),
     TEST(test_death_at_any_point_of_coming_and_going_leaves_a_queue_that_works),
+    TEST(test_file_that_was_cut_is_named_and_can_be_closed),
+    TEST(test_file_that_is_cut_while_somebody_waits_to_attach_is_refused),
+    TEST(test_who_sleeps_while_the_file_is_cut_is_told),
+    TEST(test_claims_of_a_file_that_was_cut_can_be_let_go_of),
+    TEST(test_forked_child_does_not_adopt_a_file_that_was_cut),
 };
 RUN_TESTS(tests)

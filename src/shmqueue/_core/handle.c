@@ -715,10 +715,21 @@ static PyObject *handle_lease(struct handle *self, PyTypeObject *defining_class,
 
 /* ---- looking */
 
-/* Ready for a look that sees what a death has left, whoever polls. 0, or -1 with an exception. */
-static int ready_to_look(struct handle *self)
+/* Ready for a call that can afford to ask whether the segment is still all there. 0, or -1 with an exception. */
+static int ready_and_whole(struct handle *self)
 {
     if (ready(self) < 0)
+        return -1;
+    if (shmq_check_file(self->q) == SHMQ_OK)
+        return 0;
+    fail(self, SHMQ_CORRUPT, NO_ITEM, NULL);
+    return -1;
+}
+
+/* The same for a look that sees what a death has left, whoever polls. */
+static int ready_to_look(struct handle *self)
+{
+    if (ready_and_whole(self) < 0)
         return -1;
     if (!shmq_is_sweep_due(self->q))
         return 0;
@@ -765,7 +776,7 @@ static PyObject *handle_clear(struct handle *self, PyObject *Py_UNUSED(none))
 {
     uint64_t deadline = shmq_now_ns() + LOOK_NS;
     int rc;
-    if (ready(self) < 0)
+    if (ready_and_whole(self) < 0)
         return NULL;
     do {
         Py_BEGIN_ALLOW_THREADS rc = shmq_clear(self->q, deadline);
@@ -779,12 +790,12 @@ static PyObject *handle_clear(struct handle *self, PyObject *Py_UNUSED(none))
 
 static PyObject *handle_refs(struct handle *self, PyObject *Py_UNUSED(none))
 {
-    return ready(self) < 0 ? NULL : PyLong_FromUnsignedLong(shmq_refs(self->q));
+    return ready_and_whole(self) < 0 ? NULL : PyLong_FromUnsignedLong(shmq_refs(self->q));
 }
 
 static PyObject *handle_ref_add(struct handle *self, PyObject *Py_UNUSED(none))
 {
-    if (ready(self) < 0)
+    if (ready_and_whole(self) < 0)
         return NULL;
     shmq_ref_add(self->q);
     Py_RETURN_NONE;
@@ -792,18 +803,18 @@ static PyObject *handle_ref_add(struct handle *self, PyObject *Py_UNUSED(none))
 
 static PyObject *handle_ref_drop(struct handle *self, PyObject *Py_UNUSED(none))
 {
-    return ready(self) < 0 ? NULL : PyBool_FromLong(shmq_ref_drop(self->q));
+    return ready_and_whole(self) < 0 ? NULL : PyBool_FromLong(shmq_ref_drop(self->q));
 }
 
 static PyObject *handle_uuid(struct handle *self, PyObject *Py_UNUSED(none))
 {
-    return ready(self) < 0 ? NULL : PyBytes_FromStringAndSize((const char *)shmq_uuid(self->q), 16);
+    return ready_and_whole(self) < 0 ? NULL : PyBytes_FromStringAndSize((const char *)shmq_uuid(self->q), 16);
 }
 
 static PyObject *handle_lock_pid(struct handle *self, PyObject *side)
 {
     long which = PyLong_AsLong(side);
-    if (PyErr_Occurred() || ready(self) < 0)
+    if (PyErr_Occurred() || ready_and_whole(self) < 0)
         return NULL;
     return PyLong_FromUnsignedLong(shmq_lock_pid(self->q, which != 0));
 }
@@ -830,7 +841,7 @@ static PyObject *handle_check(struct handle *self, PyObject *Py_UNUSED(none))
     struct report r = {.used = 0};
     uint64_t deadline = shmq_now_ns() + LOOK_NS;
     int rc;
-    if (ready(self) < 0)
+    if (ready_and_whole(self) < 0)
         return NULL;
     do {
         r.used = 0;
