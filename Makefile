@@ -3,8 +3,10 @@
 #   make demo       install into $(VENV) and run examples/word_count.py
 #   make test       C tests, linter, type checkers, Python tests
 #   make sanitize   C tests under ASan+UBSan and under TSan, a Python run under ASan+UBSan
+#   make spec       check the models of the protocol, and that each of their mutants fails (needs spin)
 #   make storm      kill a queue's workers 10,000 times, then again with leases, and fail where the others stand still
 #                   for over 1 s; takes about 15 minutes. STORM_ARGS='--seed 1' adds arguments
+#   make fuzz       overwrite a queue's memory 1,000,000 times while it is used, under ASan+UBSan (FUZZ_ARGS)
 #   make clean      remove what the above made
 #
 # PYTHON and VENV choose another interpreter and place: make test PYTHON=python3.12 VENV=.venv-3.12
@@ -36,7 +38,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 SAY := @printf '==> %s\n'
 
-.PHONY: install demo test ctest lint types pytest storm sanitize sanitize-c sanitize-python clean system
+.PHONY: install demo test ctest lint types pytest sanitize sanitize-c sanitize-python spec storm fuzz clean system
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -102,6 +104,12 @@ pytest: $(VENV)/.installed-tests
 	$(SAY) 'Python tests'
 	@$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
 
+# --- the models of the protocol ------------------------------------------------------------------
+
+spec:
+	$(SAY) 'models: spin'
+	@spec/run
+
 # --- the long storm; a short one is among the Python tests -----------------------------------------
 
 STORM := $(VENV)/bin/shmqueue storm --kills 10000 --timeout 1 $(STORM_ARGS)
@@ -145,14 +153,19 @@ sanitize-c: $(C_TESTS:%=run-asan-%) $(C_TESTS:%=run-tsan-%)
 # --- Python under sanitizers: the package with an extension of its own, not installed ----------
 
 SANITIZED := $(BUILD)/asan/python$(notdir $(VENV))
+SANITIZED_PYTHON = LD_PRELOAD=$$($(CC) -print-file-name=libasan.so) PYTHONMALLOC=malloc \
+  PYTHONPATH=$(abspath $(SANITIZED)) ASAN_OPTIONS=$(ASAN_OPTIONS):detect_leaks=0$(1) $(VENV)/bin/python
 
 sanitize: sanitize-c sanitize-python
 
 sanitize-python: $(SANITIZED)/shmqueue/_core.so
 	$(SAY) 'ASan+UBSan: Python smoke run'
-	@LD_PRELOAD=$$($(CC) -print-file-name=libasan.so) ASAN_OPTIONS=$(ASAN_OPTIONS):detect_leaks=0 \
-	  PYTHONMALLOC=malloc PYTHONPATH=$(abspath $(SANITIZED)) \
-	  timeout $(TIMEOUT) $(VENV)/bin/python tests/smoke.py
+	@timeout $(TIMEOUT) env $(SANITIZED_PYTHON) tests/smoke.py
+
+FUZZ_ARGS := --overwrites 1000000 --seconds 1800
+fuzz: $(SANITIZED)/shmqueue/_core.so
+	$(SAY) 'ASan+UBSan: overwriting memory in use'
+	@env $(call SANITIZED_PYTHON,:quarantine_size_mb=8:max_allocation_size_mb=256) tests/fuzz.py $(FUZZ_ARGS)
 
 $(SANITIZED)/shmqueue/_core.so: $(VENV)/.installed
 	@mkdir -p $(@D)
