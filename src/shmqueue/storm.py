@@ -104,9 +104,10 @@ def read(got: Any, largest: int) -> int:
     return got[0] if is_item and list(got) == item(got[0], largest) else TORN
 
 
-def mean_bytes(largest: int) -> int:
-    """Bytes that an item takes in the ring, on average, rounded up."""
-    return sum(min(size, largest) for size in SIZES) // len(SIZES) + 1 + OVERHEAD
+def room(options: Options) -> int:
+    """Bytes of the queue: twice what its waiting items take, on average, and what was asked for beside them."""
+    mean = OVERHEAD + sum(min(size, options.buffer_size // 4) for size in SIZES) // len(SIZES)
+    return options.buffer_size + 2 * options.deep * mean
 
 
 # ---- what a worker leaves behind
@@ -300,7 +301,7 @@ class Shm(Contender):
     def __init__(self, options: Options, kind: type[ShmQueue[Any]] = ShmQueue) -> None:
         self._name = f"storm-{os.getpid()}-{secrets.token_hex(4)}"
         self._kind = kind
-        self._size = options.buffer_size + options.deep * mean_bytes(options.buffer_size // 4) * 5 // 4
+        self._size = room(options)
         queue = kind(self._name, buffer_size=self._size)
         super().__init__(f"shmqueue, {queue.max_buffer_size():,} bytes", queue)
 
@@ -349,7 +350,7 @@ def _stdlib(options: Options) -> Contender:
 
 def _faster_fifo(options: Options) -> Contender:
     module = importlib.import_module("faster_fifo")
-    size = options.buffer_size + options.deep * mean_bytes(options.buffer_size // 4) * 5 // 4
+    size = room(options)
     return Contender(f"faster-fifo, {size:,} bytes", module.Queue(max_size_bytes=size))
 
 
@@ -376,8 +377,13 @@ class Job:
         return item(self.number << 32 | sequence, self.largest)
 
     def may_take(self, queue: Any) -> bool:
-        """Wait until more items wait than shall stay; is there room for another note?"""
-        while self.options.deep and queue.qsize() <= self.options.deep:
+        """Wait until more items wait than shall stay; is there room for another note?
+
+        Not for long: where an item that was given back holds up the room behind it, the queue is full with fewer.
+        """
+        for _ in range(10):
+            if not self.options.deep or queue.qsize() > self.options.deep:
+                break
             time.sleep(0.001)
         return self.notes.room > 0
 
@@ -943,7 +949,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     add("--lease", action="store_true", help="consumers lease instead of get")
     add(
         "--deep", type=any_number, default=default.deep, metavar="N",
-        help="keep about N items waiting, each about 3.5 KB of /dev/shm; default: %(default)s",
+        help="keep about N items waiting, each takes about 7 KB of /dev/shm; default: %(default)s",
     )  # fmt: skip
     add(
         "--buffer-size", type=_number(int, 4096), default=default.buffer_size, metavar="BYTES",
