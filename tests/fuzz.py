@@ -275,6 +275,9 @@ class Player:
         )
         if lease is not None:
             self.leases.append(lease)
+            assert lease.__enter__() is lease.item
+            assert not lease.is_over
+            assert f"delivery {lease.deliveries}" in repr(lease)
         while len(self.leases) > self.rng.randrange(8):
             self.end_a_lease()
 
@@ -421,7 +424,8 @@ def play_in_a_thread(player: Player, is_over: Callable[[], bool]) -> threading.T
         try:
             while not is_over():
                 if player.rng.random() < 0.02:
-                    player.call("get without timeout", math.inf, GET, player.queue.get)
+                    forever = player.rng.choice((player.queue.get, player.queue.__next__, player.queue.lease))
+                    player.call("get without timeout", math.inf, GET, forever)
                 else:
                     player.move()
             player.leases.clear()
@@ -436,11 +440,14 @@ def play_in_a_thread(player: Player, is_over: Callable[[], bool]) -> threading.T
 
 
 def size_of(number: int) -> int:
-    return (1, 5, 4, 16)[number % 4] * PAGE
+    return (1, 5, 4, 40)[number % 4] * PAGE
 
 
 def work(board: Board, worker: int, seed: int) -> None:
     row = worker * Board.PER_WORKER
+    if worker == 2:  # its sleeps are interrupted
+        signal.signal(signal.SIGALRM, lambda *_: None)
+        signal.setitimer(signal.ITIMER_REAL, 0.005, 0.005)
     look_at_growth, n_moves = None, 0
     while (number := board.queue) != 0:
         rngs = [random.Random(f"{seed} {number} {worker} {i}") for i in range(3)]
@@ -654,18 +661,30 @@ class Overwriter:
         self.log.append(f"{region}: {width} bytes at {offset}: {was:#x} -> {value:#x}")
         return lambda: struct.pack_into(code, self.memory, offset, was)
 
-    def flood(self) -> int:
-        """Overwrite all of a region with one byte; how many words that is."""
+    def fill(self) -> None:
+        """Fill R or H with entries as they may be."""
+        start, count, top = self.rng.choice(((R, 128, SIDES + 48), (H, 1216, SIDES + 128 + 48)))
+        owner = self.rng.choice((0, 0, self.owner()))
+        pos, step = self.rng.choice(self.positions()), self.rng.choice((0, 1, 9, 5000))
+        state = self.rng.randrange(1, 4)
+        for i in range(count):
+            first = (pos - i * step) % 2**64
+            struct.pack_into("QQQ", self.memory, start + 32 * i, first + 1 & 2**64 - 1, owner, pos & 2**64 - 1)
+            self.memory[self.ring_offset(first)] = state
+        struct.pack_into("I", self.memory, top, count)
+        self.log.append(f"table at {start}: all entries: owner {owner}, every {step} bytes below {pos}, state {state}")
+
+    def flood(self) -> None:
+        """Overwrite all of a region with one byte."""
         region = self.rng.choice(REGIONS[1:-2])
         length = region.count * STRIDE.get(region.name, region.size)
         byte = self.rng.choice((0, 0xFF, self.rng.randrange(256)))
         self.memory[region.start : region.start + length] = bytes([byte]) * length
         self.log.append(f"{region.name}: all of it: {byte:#x}")
-        return length // 8
 
     def mend(self) -> None:
-        """Make it an empty queue, further on than any honest position was: else all calls would soon end in the same
-        error. As nobody is stopped meanwhile, this is one more surprise for who is in the middle of something."""
+        """Make it an empty queue, further on than any honest position was. As nobody is stopped meanwhile, this is one
+        more surprise for who is in the middle of something."""
         self.base += self.rng.randrange(4 * self.capacity, 2**24)
         for start, size, count in ((R, 32, 128), (H, 32, 1216), (SIDES, 8, 1), (SIDES + 128, 8, 1)):
             self.memory[start : start + size * count] = bytes(size * count)
@@ -751,11 +770,13 @@ class Fuzzer:
         self.look_for_segments_left(number)
 
     def attack(self, overwriter: Overwriter, n: int) -> None:
-        """Overwrite n times, in bursts. Half of them are taken back, else all would soon be stuck at the same."""
+        """Overwrite n times, in bursts. Most are taken back, and now and then all is mended: else every call would soon
+        end in the same error. Neither counts."""
         end = self.overwrites + n
         while self.overwrites < end:
             if self.rng.random() < 0.003:
-                self.overwrites += overwriter.flood()
+                self.rng.choice((overwriter.flood, overwriter.fill))()
+                self.overwrites += 1
             undo = [overwriter.overwrite() for _ in range(self.rng.choice((1, 1, 1, 2, 3, 8)))]
             self.overwrites += len(undo)
             time.sleep(self.rng.choice((0.0, 0.0, 0.0002, 0.0005, 0.002)))
