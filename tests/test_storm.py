@@ -193,6 +193,12 @@ class Crooked(ShmQueue[Any]):
         return ["free_pos is 1, get_pos is 0"]
 
 
+class CountingTheDead(ShmQueue[Any]):
+    @property
+    def refs(self) -> int:
+        return 7
+
+
 @pytest.mark.parametrize("lease", [False, True])
 def test_a_lossy_queue_is_found_out(lease: bool) -> None:
     report = report_on(Lossy, lease=lease)
@@ -247,7 +253,14 @@ def test_an_error_ends_the_storm_and_is_told(kind: type[ShmQueue[Any]]) -> None:
 
 def test_a_broken_invariant_is_told() -> None:
     report = report_on(Crooked)
-    assert (report.verdict, report.faults) == ("corrupted", ["after 20 kills: free_pos is 1, get_pos is 0"])
+    assert (report.verdict, report.faults) == ("corrupted", ["free_pos is 1, get_pos is 0"])
+    assert report.lost is not None  # the storm was over
+
+
+def test_counting_the_dead_ends_the_storm() -> None:
+    report = report_on(CountingTheDead)
+    assert str(report).endswith("corrupted after 1 kills")
+    assert report.faults == ["7 references, at most 5 processes use it"]
 
 
 def test_what_is_left_is_told() -> None:

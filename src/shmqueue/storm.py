@@ -266,6 +266,9 @@ class Contender:
     is_named = False
     """Does it stay when all its processes are killed?"""
 
+    sound = "can't be looked at"
+    """What it means that ``faults`` finds none in the end."""
+
     def __init__(self, label: str, queue: Any) -> None:
         self.label = label
         self._queue = queue
@@ -297,6 +300,7 @@ class Shm(Contender):
     """A ``ShmQueue``, or what is given in its place, opened by name."""
 
     has_batches = is_named = True
+    sound = "hold: check() finds nothing, 1 reference is left, 0 bytes are in use"
 
     def __init__(self, options: Options, kind: type[ShmQueue[Any]] = ShmQueue) -> None:
         self._name = f"storm-{os.getpid()}-{secrets.token_hex(4)}"
@@ -581,6 +585,7 @@ class Report:
     unknown: int
     recovery: Recovery | None
     owner_recovery: Recovery | None
+    invariants: str
     left: list[str]
 
     @property
@@ -606,6 +611,7 @@ class Report:
             ("late", f"{self.late:,}" + (" (what a killed consumer gave back)" if self.late else "")),
             ("recovery", _recovery(self.recovery)),
             ("... of an owner", _recovery(self.owner_recovery)),
+            ("invariants", self.invariants),
             ("left behind", ", ".join(self.left) or "nothing"),
             *(("fault", fault) for fault in self.faults),
             ("verdict", self.verdict + (f" after {self.kills:,} kills" if self.lost is None else "")),
@@ -655,6 +661,7 @@ class Storm:
         self._owner_recoveries: list[float] = []
         self._problems: list[tuple[str, str]] = []  # verdict, what was found
         self._is_complete = False
+        self._invariants = "unknown"
         self._orders, self._theirs = FORK.Pipe()
         self._complaints, self._complain = os.pipe()
         os.set_blocking(self._complaints, False)
@@ -721,7 +728,8 @@ class Storm:
         self._ask("recover", since)
         self.kills += 1
         self._killed_consumers += victim.work in HANDS
-        self._find(self._contender.faults(len(self._workers)))
+        for fault in self._contender.faults(len(self._workers)):
+            raise _Ended("corrupted", fault)
         self._replace(index)
         recovery, note = self._answer(self._options.timeout_s + 1)  # the witness is the first to find it too long
         self._ledger.add_got([note], self._put_so_far())
@@ -793,8 +801,10 @@ class Storm:
         self._ledger.add_got(self._answer(DRAIN_S), self._put_so_far())
         self._ask("leave")
         self._witness.process.join(self._options.timeout_s)
-        self._find(self._contender.faults(0, is_empty=True))
         self._is_complete = True
+        faults = self._contender.faults(0, is_empty=True)
+        self._problems += [("corrupted", fault) for fault in faults]
+        self._invariants = "broken" if faults else self._contender.sound
 
     def _reap_workers(self) -> None:
         workers, self._workers = self._workers, []
@@ -837,9 +847,6 @@ class Storm:
         return found
 
     # ---- what it comes to
-
-    def _find(self, faults: Iterable[str]) -> None:
-        self._problems += [("corrupted", f"after {self.kills:,} kills: {fault}") for fault in faults]
 
     def _judge(self, left: list[str]) -> None:
         """Turn what the ledger shows into verdicts; an earlier one comes first."""
@@ -889,6 +896,7 @@ class Storm:
             unknown=ledger.unknown,
             recovery=Recovery.of(self._recoveries),
             owner_recovery=Recovery.of(self._owner_recoveries),
+            invariants=self._invariants,
             left=left,
         )
 
