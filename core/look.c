@@ -73,7 +73,7 @@ int shmq_info(struct shmq *q, struct shmq_info *info)
     struct shmq_side_hdr *getting = shmq_side(q, SHMQ_CONSUMING), *putting = shmq_side(q, SHMQ_PRODUCING);
     for (int tries = 1;; tries++) {
         struct shmq_mark get, put, again;
-        uint64_t get_seq = 0, put_seq = 0, get_seq2, put_seq2;
+        uint64_t get_seq = 0, put_seq = 0, get_seq2 = 0, put_seq2 = 0;
         if (!shmq_side_read(getting, &get, &get_seq))
             return shmq_corrupt(q, "consuming.seq", get_seq, 0);
         if (!shmq_side_read(putting, &put, &put_seq))
