@@ -187,7 +187,8 @@ static bool is_anyone_live(int fd, uint32_t own)
     uint64_t byte = UINT64_MAX;
     int rc = 0;
     if (own == NO_SLOT_OF_OURS)
-        return port_first_locked(fd, SHMQ_SLOT_BYTE(0), SHMQ_SLOT_BYTE(SHMQ_SLOTS - 1), &byte) != 0 || byte != UINT64_MAX;
+        return port_first_locked(fd, SHMQ_SLOT_BYTE(0), SHMQ_SLOT_BYTE(SHMQ_SLOTS - 1), &byte) != 0 ||
+               byte != UINT64_MAX;
     for (int i = 0; i < 3 && rc == 0 && byte == UINT64_MAX; i++)
         if (from[i] < to[i])
             rc = port_first_locked(fd, SHMQ_SLOT_BYTE(from[i]), SHMQ_SLOT_BYTE(to[i] - 1), &byte);

@@ -88,6 +88,16 @@ static inline void pause_ms(unsigned ms) { usleep(ms * 1000); }
         if (shmq_now_ns() > until_)                                                                                    \
     check_failed(__FILE__, __LINE__, "never came about: " #fact, 0, 0)
 
+/* Wait for a number awake, unless who is to store it has no processor. */
+static inline void await_turn(_Atomic uint32_t *word, uint32_t i)
+{
+    for (uint32_t k = 0; atomic_load_explicit(word, memory_order_acquire) != i; k++)
+        if (k % 1024 == 1023)
+            sched_yield();
+        else
+            port_pause();
+}
+
 /* ---- children */
 
 static inline void *shared_bytes(size_t n)

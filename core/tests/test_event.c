@@ -95,16 +95,6 @@ static void test_no_wake_up_is_lost_in_a_long_ping_pong(void)
 static _Atomic uint32_t turn, published, answered;
 static uint32_t seen_flag;
 
-/* Awake, unless the other one has no processor. */
-static void await_turn(_Atomic uint32_t *word, uint32_t i)
-{
-    for (uint32_t k = 0; atomic_load_explicit(word, memory_order_acquire) != i; k++)
-        if (k % 1024 == 1023)
-            sched_yield();
-        else
-            port_pause();
-}
-
 static void *publish_and_look(void *n)
 {
     for (uint32_t i = 1; i <= *(uint32_t *)n; i++) {

@@ -949,16 +949,6 @@ static void test_change_right_before_falling_asleep_is_seen(void)
 /* The same on all distances between a sleeper that looks and a producer that puts, without sleeping. */
 static _Atomic uint32_t turn, answered;
 
-/* Awake, unless the other one has no processor. */
-static void await_turn(_Atomic uint32_t *word, uint32_t i)
-{
-    for (uint32_t k = 0; atomic_load_explicit(word, memory_order_acquire) != i; k++)
-        if (k % 1024 == 1023)
-            sched_yield();
-        else
-            port_pause();
-}
-
 static void *put_at_each_turn(void *n)
 {
     struct shmq_part part = {"x", 1};
