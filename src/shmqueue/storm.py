@@ -836,8 +836,11 @@ class Storm:
         self._orders.send(order)
 
     def _answer(self, within_s: float) -> Any:
-        if not self._orders.poll(within_s):
-            raise _Ended("wedged", f"the witness's call hasn't come back within {within_s:g} s")
+        deadline = time.monotonic() + within_s
+        while not self._orders.poll(0.02):
+            if time.monotonic() > deadline:
+                raise _Ended("wedged", f"the witness's call hasn't come back within {within_s:g} s")
+            self._replace_ended()  # the witness may be waiting for one of them
         try:
             verdict, found = self._orders.recv()
         except EOFError:
