@@ -50,6 +50,7 @@ struct check {
         bool is_named;
     } spots[KILLED_AT];            /* all failpoints seen: is it a store with a name of its own after it? */
     char killed_at[KILLED_AT][32]; /* failpoints that some child of this program was killed at */
+    uint32_t kills;                /* at failpoints, in all */
 };
 static struct check *check;
 static char check_path[64]; /* of this test's segment; more names may follow it */
@@ -246,6 +247,7 @@ static inline void kill_at_every_failpoint(const char *what, void (*before)(void
         int status = wait_child(start_child(run, arg), 0);
         context("%s, killed at failpoint %u of %u, %s", what, at, check->plan.hits, check->plan.last);
         CHECK(status == 0 || (WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL));
+        check->kills += status != 0;
         if (status != 0 && !was_killed_at(check->plan.last))
             for (int i = 0; i < KILLED_AT; i++)
                 if (check->killed_at[i][0] == 0) {
@@ -299,6 +301,13 @@ static inline int died_everywhere_in(const char *folder, const char *source)
     }
     fclose(file);
     return n;
+}
+
+static inline void tell_deaths(int failpoints, const char *sources)
+{
+    CHECK(failpoints > 0);
+    printf("%u kills, at each of the %d failpoints of %s\n", check->kills, failpoints, sources);
+    fflush(stdout);
 }
 
 /* ---- items: the method is the item's number, and every byte depends on it and on its place */
