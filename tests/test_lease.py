@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import logging
 import os
@@ -85,11 +86,9 @@ def test_by_hand_and_only_once(q: ShmQueue[Any]) -> None:
     for lease in (first, second):
         assert lease.is_over
         assert lease.item in "ab"
-        for end in (lease.release, lease.give_back):
+        for use in (lease.release, lease.give_back, lease.__enter__):
             with pytest.raises(ShmQueueRuntimeError, match="lease is over"):
-                end()
-        with lease as item:  # nothing is left to end
-            assert item == lease.item
+                use()
     assert q.get_many() == ["a"]
 
 
@@ -98,10 +97,7 @@ def test_release_within_the_block(q: ShmQueue[Any]) -> None:
     lease = q.lease()
     with lease:
         lease.release()
-    q.put("b")
-    with lease as item:
-        assert item == "a"
-    assert q.get_nowait() == "b"
+    assert (q.qsize(), q.buffer_occupancy()) == (0, 0)
 
 
 def test_a_forgotten_lease_is_given_back(q: ShmQueue[Any]) -> None:
@@ -311,13 +307,14 @@ def test_a_forked_child_does_not_end_its_parents_leases(q: ShmQueue[Any]) -> Non
     lease = q.lease()
 
     def end_them() -> None:
-        lease.release()  # is the parent's
-        with lease as item:
-            assert item == "a"
+        for use in (lease.release, lease.give_back, lease.__enter__):
+            with pytest.raises(ShmQueueRuntimeError, match="forked"):
+                use()
         q.put("b")  # works on an attachment of its own
         assert q.get() == "b"
 
     assert in_child(end_them) == 0
+    assert in_child(lambda: lease.__exit__(None, None, None)) == 0  # of a block that the parent was in
     assert not lease.is_over
     assert q.buffer_occupancy() > 0
     lease.give_back()
@@ -465,6 +462,43 @@ def test_dead_letters_stay_when_everybody_has_left(queue_name: str, dead: Callab
         assert letters.get_nowait() == "bomb"
 
 
+def test_dead_letters_stay_whoever_leaves_last(queue_name: str, dead: Callable[[], ShmQueue[Any]]) -> None:
+    with ShmQueue[Any](queue_name) as q:
+        q.put("bomb")
+        q.lease().give_back()
+        with pytest.raises(ShmQueueEmpty):
+            q.lease(block=False, max_deliveries=1)
+    for _ in range(2):
+        with dead() as letters:  # just looks
+            assert letters.qsize() == 1
+    with dead() as letters, pytest.raises(KeyError), letters.lease():
+        raise KeyError
+    with dead() as letters:
+        assert letters.get_nowait() == "bomb"
+
+
+def test_ctrl_c_while_a_letter_is_logged_leaves_it_in_one_queue(
+    queue_name: str, dead: Callable[[], ShmQueue[Any]]
+) -> None:
+    log = logging.getLogger(queue_name)
+    log.addFilter(lambda record: signal.raise_signal(signal.SIGINT) or True)
+    with ShmQueue[Any](queue_name, logger=log) as q, dead() as letters:
+        q.put("bomb")
+        q.lease().give_back()
+        with pytest.raises(KeyboardInterrupt):
+            q.lease(block=False, max_deliveries=1)
+        assert (q.qsize(), q.buffer_occupancy(), letters.qsize()) == (0, 0, 1)
+
+
+def test_no_name_for_a_dead_letter_queue_is_said_at_once() -> None:
+    with ShmQueue[Any]("n" * 196) as q:
+        q.put("good")
+        with pytest.raises(ShmQueueValueError, match="takes 201 bytes when quoted, at most 200"):
+            q.lease(max_deliveries=1)
+        assert q.lease().deliveries == 1
+        q.clear()
+
+
 def test_a_full_dead_letter_queue_is_said_and_loses_nothing(
     queue_name: str, dead: Callable[[], ShmQueue[Any]]
 ) -> None:
@@ -479,3 +513,46 @@ def test_a_full_dead_letter_queue_is_said_and_loses_nothing(
         with pytest.raises(ShmQueueEmpty):
             q.lease(block=False, max_deliveries=1)
         assert letters.qsize() == 1
+
+
+# ---- threads
+
+
+def test_nobody_finds_a_lease_that_waits_for_its_item(q: ShmQueue[Any]) -> None:
+    waiting = threading.Thread(target=lambda: q.lease(timeout=5).release())
+    waiting.start()
+    found: list[Any] = []
+    for _ in range(50):
+        found += [each for each in gc.get_objects() if type(each) is Lease]
+        time.sleep(0.002)
+    q.put("a")
+    waiting.join()
+    assert found == []
+
+
+def test_the_last_lease_of_a_closed_queue_waits_for_others_without_the_gil(queue_name: str) -> None:
+    q = ShmQueue[Any](queue_name)
+    q.put("a")
+    lease = q.lease()
+    q.shutdown()
+    ready, go_on = os.pipe(), os.pipe()
+    pid = os.fork()
+    if pid == 0:  # is in the middle of attaching
+        file = os.open(f"/dev/shm/shmqueue.{queue_name}", os.O_RDWR)
+        fcntl.lockf(file, fcntl.LOCK_EX, 1, 0)
+        os.write(ready[1], b"x")
+        os.read(go_on[0], 1)
+        os._exit(0)
+    os.read(ready[0], 1)
+    releasing = threading.Thread(target=lease.release)
+    start = time.monotonic()
+    releasing.start()
+    time.sleep(0.2)  # this thread goes on
+    took = time.monotonic() - start
+    os.write(go_on[1], b"x")
+    os.waitpid(pid, 0)
+    releasing.join()
+    for end in (*ready, *go_on):
+        os.close(end)
+    assert took < 2.5
+    assert not os.path.exists(f"/dev/shm/shmqueue.{queue_name}")

@@ -239,6 +239,43 @@ def test_a_child_forked_by_a_child_works_too(queue_name: str) -> None:
         assert q.refs == 1
 
 
+SHUT_DOWN_IN_A_FORK = """
+import gc, os, sys, threading
+go, done, is_armed = threading.Event(), threading.Event(), []
+def wait():
+    if is_armed:
+        go.set()
+        done.wait(20)
+os.register_at_fork(before=wait)  # runs after those that were registered later
+from shmqueue import ShmQueue
+q = ShmQueue(sys.argv[1])
+path = "/dev/shm/shmqueue." + sys.argv[1]
+def shut_down():
+    go.wait(20)
+    q.shutdown()
+    done.set()
+thread = threading.Thread(target=shut_down)
+thread.start()
+is_armed.append(1)
+def is_open():
+    gc.collect()
+    links = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]
+    return any(path in os.readlink(link) for link in links if os.path.islink(link))
+pid = os.fork()
+if pid == 0:
+    os._exit(is_open())
+thread.join()
+print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), int(is_open()), int(os.path.exists(path)))
+"""
+
+
+def test_a_shutdown_between_the_steps_of_a_fork_leaves_nothing(queue_name: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SHUT_DOWN_IN_A_FORK, queue_name], capture_output=True, text=True, timeout=60
+    )
+    assert (done.stdout, done.stderr) == ("0 0 0\n", "")
+
+
 def test_a_fork_beside_busy_threads_leaves_both_sides_working(queue_name: str) -> None:
     with ShmQueue[int](queue_name, buffer_size=1 << 16) as q:
         stop = threading.Event()

@@ -102,8 +102,8 @@ util.register_after_fork(_leave_at_exit, _leave_at_exit)
 os.register_at_fork(after_in_child=_start_child)
 os.register_at_fork(
     before=partial(_core.before_fork, _handles),
-    after_in_parent=partial(_core.after_fork_in_parent, _handles),
-    after_in_child=partial(_core.after_fork_in_child, _handles),
+    after_in_parent=_core.after_fork_in_parent,
+    after_in_child=_core.after_fork_in_child,
 )
 
 

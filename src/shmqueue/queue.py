@@ -38,6 +38,10 @@ else:
     T = TypeVar("T")
 _log = logging.getLogger("shmqueue")
 
+_DEAD = ".dead"
+"""Ends the name of a dead-letter queue, which outlives its handles as long as items are in it."""
+
+
 
 class ShmRefDataSnapshot(NamedTuple):
     """What a queue held at one instant.
@@ -117,6 +121,8 @@ class ShmQueue(_core.Handle[T]):
         if status != _core.OK:
             self._raise_fault(status, fault, "attach")
         self._capacity = self.max_buffer_size()
+        if self._name.endswith(_DEAD):
+            self._keep_items()
         lifecycle.register(self)
         if not was_created and self._capacity != capacity:
             self._log.log(
@@ -315,20 +321,31 @@ class ShmQueue(_core.Handle[T]):
             raise exc.ShmQueueValueError(f"{self._who}: {name} is {n}, at least 1 is needed")
         return min(n, 2**62)
 
-    def _bury(self, method: int, payload: bytes | memoryview, phase: int, deliveries: int) -> None:
-        """Move an item that was handed out too often to the dead-letter queue, still in the bytes that it is."""
-        name = f"{self._name}.dead"
+    def _must_have_dead_name(self) -> None:
+        """``max_deliveries`` was given: raise if there can't be a queue of that name."""
+        if len(self._path) > names.MAX_QUOTED - len(_DEAD):  # rarely
+            names.quote(self._dead_name)
+
+    @property
+    def _dead_name(self) -> str:
+        return f"{self._name}{_DEAD}"
+
+    def _letter(self, method: int, payload: bytes, phase: int) -> tuple[ShmQueue[Any], serialization.Encoded]:
+        """Where an item goes that was handed out too often, and the item, still in the bytes that it is."""
         if self._dead is None:
-            self._dead = ShmQueue(name, logger=self._log, buffer_size=self._capacity)
-            self._dead._keep_items()
-        self._dead.put(serialization.again(method, payload, phase), block=False)
+            self._dead = ShmQueue(self._dead_name, logger=self._log, buffer_size=self._capacity)
+        return self._dead, serialization.again(method, payload, phase)
+
+    def _tell_buried(self, size: int, deliveries: int) -> None:
         self._log.warning(
             "queue %r: an item of %d bytes was handed out %d times and never released; moved to %r",
-            self._name, len(payload), deliveries - 1, name,
+            self._name, size, deliveries - 1, self._dead_name,
         )  # fmt: skip
 
-    def _lease_is_over(self) -> NoReturn:
-        raise exc.ShmQueueRuntimeError(f"{self._who}: the lease is over: its item was released or given back")
+    def _lease_is_over(self, has_ended: bool) -> NoReturn:
+        if has_ended:
+            raise exc.ShmQueueRuntimeError(f"{self._who}: the lease is over: its item was released or given back")
+        raise exc.ShmQueueRuntimeError(f"{self._who}: the lease is held by the process that this one was forked from")
 
     def _seconds(self, timeout: Any) -> float:
         kind = type(timeout)

@@ -64,7 +64,7 @@ MOST_WORKERS = 500
 """512 handles may share a queue."""
 
 FORK = multiprocessing.get_context("fork")
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -779,7 +779,8 @@ class Storm:
         else:
             self._ledger.add_put(ended.job.number, notes.count)
         notes.close()
-        ended.process.close()
+        with suppress(ValueError):  # "still running": Ctrl-C came after the wait and before its result was stored
+            ended.process.close()
 
     def _put_so_far(self) -> dict[int, int]:
         alive = [*self._workers, self._witness] if self._witness else self._workers

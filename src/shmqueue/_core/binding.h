@@ -59,6 +59,7 @@ struct lease {
 };
 
 void lease_end(struct lease *lease, bool is_done);
+void handle_let_go(struct handle *self);
 
 struct module_state {
     PyTypeObject *lease_type;

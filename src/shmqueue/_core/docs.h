@@ -84,24 +84,26 @@ PyDoc_STRVAR(lease_method_doc,
 "    One that is forgotten is given back.\n"
 "Raises:\n"
 "    As get() does; an item that can't be turned back is off the queue, and in the error.\n"
-"    ShmQueueFull: the dead-letter queue is full; the item was given back.");
+"    ShmQueueFull: the dead-letter queue is full; the item was given back.\n"
+"    ShmQueueValueError: the item is larger than the whole dead-letter queue, which is older than this one, and was\n"
+"        given back; or the name is too long for one that ends in '.dead'.");
 
 PyDoc_STRVAR(lease_doc,
 "An item that is claimed and stays in the queue until the lease ends; made by ShmQueue.lease().\n\n"
 "As a context manager it gives the item; leaving releases it, or after an exception gives it back. In a child\n"
-"forked meanwhile it is an ordinary object: the lease is the parent's.");
+"forked meanwhile leaving does nothing: the lease is the parent's.");
 
 PyDoc_STRVAR(lease_release_doc,
 "release($self)\n--\n\n"
 "The item is done with, and leaves the queue.\n\n"
 "Raises:\n"
-"    ShmQueueRuntimeError: the lease is over already.");
+"    ShmQueueRuntimeError: the lease is over already, or is that of the process that this one was forked from.");
 
 PyDoc_STRVAR(lease_give_back_doc,
 "give_back($self)\n--\n\n"
 "The item goes back to the front of the queue and is delivered again, before newer items.\n\n"
 "Raises:\n"
-"    ShmQueueRuntimeError: the lease is over already.");
+"    ShmQueueRuntimeError: as release() does.");
 
 PyDoc_STRVAR(qsize_doc, "qsize($self)\n--\n\nItems put and not yet taken or leased, at the instant of the call.");
 PyDoc_STRVAR(empty_doc, "empty($self)\n--\n\nWhether there is no item, at the instant of the call.");

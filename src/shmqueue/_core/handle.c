@@ -382,6 +382,17 @@ static void return_scratch(struct handle *self, PyObject *scratch)
 
 /* ---- records as objects */
 
+/* The last one out of a handle that was shut down detaches it, and may have to wait for other processes then. */
+void handle_let_go(struct handle *self)
+{
+    if (shmq_usable(self->q) == SHMQ_OK) {
+        shmq_let_go(self->q);
+        return;
+    }
+    Py_BEGIN_ALLOW_THREADS shmq_let_go(self->q);
+    Py_END_ALLOW_THREADS
+}
+
 /* Let go of a record in hand after copying it, or give it back. */
 static void end_hand(struct handle *self, const struct shmq_in *in, bool is_done)
 {
@@ -391,7 +402,7 @@ static void end_hand(struct handle *self, const struct shmq_in *in, bool is_done
         shmq_release(self->q, in->hand);
     else
         shmq_give_back_from(self->q, in->hand, in->pos);
-    shmq_let_go(self->q);
+    handle_let_go(self);
 }
 
 /* The object of a record that is still where it was put, in the ring or on the heap. */
@@ -627,7 +638,7 @@ static PyObject *handle_get_many(struct handle *self, PyObject *const *args, Py_
     PyObject *list = PyList_New(0);
     rc = list == NULL ? -1 : fill_list(self, list, max, &w);
     if (shmq_process() == process)
-        shmq_let_go(self->q);
+        handle_let_go(self);
     if (list != NULL && PyList_GET_SIZE(list) > 0) {
         if (rc >= 0)
             return list;
@@ -644,6 +655,27 @@ static PyObject *handle_get_many(struct handle *self, PyObject *const *args, Py_
 
 /* ---- lease */
 
+/* Move an item that was handed out too often to the dead-letter queue, still in the bytes that it is. Between the put and
+ * the release no Python code runs that could raise. */
+static int bury(struct handle *self, struct lease *lease)
+{
+    const struct shmq_in *in = &lease->in;
+    PyObject *payload = codec_copy(in), *letter = NULL, *done = NULL;
+    if (payload != NULL)
+        letter = PyObject_CallMethod((PyObject *)self, "_letter", "IOI", in->method, payload, in->phase);
+    if (letter != NULL)
+        done = PyObject_CallMethod(PyTuple_GET_ITEM(letter, 0), "put_nowait", "(O)", PyTuple_GET_ITEM(letter, 1));
+    if (done != NULL) {
+        lease_end(lease, true);
+        Py_SETREF(done, PyObject_CallMethod((PyObject *)self, "_tell_buried", "nI", PyBytes_GET_SIZE(payload),
+                                            in->deliveries));
+    }
+    Py_XDECREF(payload);
+    Py_XDECREF(letter);
+    Py_XDECREF(done);
+    return done != NULL ? 0 : -1;
+}
+
 /* Decode what was claimed, or refuse to: it has been handed out too often. */
 static int fill_lease(struct handle *self, struct lease *lease, Py_ssize_t max_deliveries)
 {
@@ -653,13 +685,7 @@ static int fill_lease(struct handle *self, struct lease *lease, Py_ssize_t max_d
         lease->item = to_object(self, &one);
         return lease->item != NULL ? 0 : -1;
     }
-    PyObject *payload = codec_copy(&one);
-    PyObject *result = payload == NULL ? NULL
-                                       : PyObject_CallMethod((PyObject *)self, "_bury", "IOII", one.method, payload,
-                                                             one.phase, one.deliveries);
-    Py_XDECREF(payload);
-    Py_XDECREF(result);
-    return result != NULL ? 0 : -1;
+    return bury(self, lease);
 }
 
 /* One lease, or NULL with an exception. */
@@ -680,8 +706,6 @@ static struct lease *claim(struct handle *self, struct lease *lease, const struc
             lease_end(lease, is_undecodable());
             return NULL;
         }
-        if (lease->item == NULL)
-            lease_end(lease, true); /* it was buried */
     }
     return lease;
 }
@@ -696,8 +720,14 @@ static PyObject *handle_lease(struct handle *self, PyTypeObject *defining_class,
     Py_ssize_t max = 0;
     if (parse("lease", names, 3, 0, args, nargs, kwnames, v) < 0 || parse_wait(self, v[0], v[1], &w) < 0)
         return NULL;
-    if (v[2] != NULL && v[2] != Py_None && (max = at_least_1(self, names[2], v[2])) < 0)
-        return NULL;
+    if (v[2] != NULL && v[2] != Py_None) {
+        PyObject *can = (max = at_least_1(self, names[2], v[2])) < 0
+                            ? NULL
+                            : PyObject_CallMethod((PyObject *)self, "_must_have_dead_name", NULL);
+        if (can == NULL)
+            return NULL;
+        Py_DECREF(can);
+    }
     if (self->q == NULL)
         return fail(self, SHMQ_CLOSED, 0, NULL);
     if (has_kept(self))
@@ -705,11 +735,14 @@ static PyObject *handle_lease(struct handle *self, PyTypeObject *defining_class,
     struct lease *lease = (struct lease *)state->lease_type->tp_alloc(state->lease_type, 0);
     if (lease == NULL)
         return NULL;
+    PyObject_GC_UnTrack(lease); /* nobody finds it half made */
     lease->in.hand = -1;
     lease->handle = (struct handle *)Py_NewRef((PyObject *)self);
     PyObject *result = (PyObject *)claim(self, lease, &w, max);
     if (result == NULL)
         Py_DECREF(lease);
+    else
+        PyObject_GC_Track(lease);
     return result;
 }
 
@@ -918,20 +951,16 @@ static PyObject *handle_keep_items(struct handle *self, PyObject *Py_UNUSED(none
 
 /* ---- fork hooks: C functions, so that no signal handler can raise in the middle of them */
 
-/* Call `step` for each handle of a dict of weak references that is still there. */
-static PyObject *for_each_handle(PyObject *handles, void (*step)(struct handle *self))
+/* The handles that this thread prepared for its fork: the later steps are for these, whoever is shut down meanwhile. */
+static _Thread_local PyObject *forking;
+
+static void for_each_forking(void (*step)(struct handle *self))
 {
-    PyObject *references = PyDict_Values(handles);
-    for (Py_ssize_t i = 0; references != NULL && i < PyList_GET_SIZE(references); i++) {
-        PyObject *handle = PyObject_CallNoArgs(PyList_GET_ITEM(references, i));
-        if (handle != NULL && handle != Py_None && ((struct handle *)handle)->q != NULL)
-            step((struct handle *)handle);
-        Py_XDECREF(handle);
+    for (Py_ssize_t i = 0; forking != NULL && i < PyList_GET_SIZE(forking); i++) {
+        struct handle *handle = (struct handle *)PyList_GET_ITEM(forking, i);
+        if ((PyObject *)handle != Py_None && handle->q != NULL)
+            step(handle);
     }
-    if (references == NULL)
-        return NULL;
-    Py_DECREF(references);
-    Py_RETURN_NONE;
 }
 
 static void before(struct handle *self) { shmq_fork_before(self->q); }
@@ -942,19 +971,34 @@ static void in_child(struct handle *self)
     shmq_fork_child(self->q); /* where it fails, the first call attaches */
 }
 
+/* The handles come in a dict of weak references. */
 PyObject *handles_before_fork(PyObject *Py_UNUSED(module), PyObject *handles)
 {
-    return for_each_handle(handles, before);
+    PyObject *references = PyDict_Values(handles);
+    for (Py_ssize_t i = 0; references != NULL && i < PyList_GET_SIZE(references); i++) {
+        PyObject *handle = PyObject_CallNoArgs(PyList_GET_ITEM(references, i));
+        if (handle == NULL || PyList_SetItem(references, i, handle) < 0)
+            Py_CLEAR(references);
+    }
+    Py_XSETREF(forking, references);
+    if (forking == NULL)
+        return NULL;
+    for_each_forking(before);
+    Py_RETURN_NONE;
 }
 
-PyObject *handles_after_fork_in_parent(PyObject *Py_UNUSED(module), PyObject *handles)
+PyObject *handles_after_fork_in_parent(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(none))
 {
-    return for_each_handle(handles, in_parent);
+    for_each_forking(in_parent);
+    Py_CLEAR(forking);
+    Py_RETURN_NONE;
 }
 
-PyObject *handles_after_fork_in_child(PyObject *Py_UNUSED(module), PyObject *handles)
+PyObject *handles_after_fork_in_child(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(none))
 {
-    return for_each_handle(handles, in_child);
+    for_each_forking(in_child);
+    Py_CLEAR(forking);
+    Py_RETURN_NONE;
 }
 
 static int handle_traverse(struct handle *self, visitproc visit, void *arg)

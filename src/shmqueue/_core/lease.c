@@ -14,14 +14,24 @@ void lease_end(struct lease *lease, bool is_done)
         shmq_release(lease->handle->q, hand);
     else
         shmq_give_back_from(lease->handle->q, hand, lease->in.pos);
-    shmq_let_go(lease->handle->q);
+    handle_let_go(lease->handle);
+}
+
+/* Raise unless the item is still claimed, and by this process. 0, or -1 with an exception. */
+static int must_hold(struct lease *lease)
+{
+    if (lease->in.hand >= 0 && shmq_process() == lease->process)
+        return 0;
+    PyObject *none = PyObject_CallMethod((PyObject *)lease->handle, "_lease_is_over", "i", lease->in.hand < 0);
+    Py_XDECREF(none);
+    return -1;
 }
 
 /* By hand: once. */
 static PyObject *end_now(struct lease *lease, bool is_done)
 {
-    if (lease->in.hand < 0)
-        return PyObject_CallMethod((PyObject *)lease->handle, "_lease_is_over", NULL);
+    if (must_hold(lease) < 0)
+        return NULL;
     lease_end(lease, is_done);
     Py_RETURN_NONE;
 }
@@ -29,7 +39,10 @@ static PyObject *end_now(struct lease *lease, bool is_done)
 static PyObject *lease_release(struct lease *lease, PyObject *Py_UNUSED(none)) { return end_now(lease, true); }
 static PyObject *lease_give_back(struct lease *lease, PyObject *Py_UNUSED(none)) { return end_now(lease, false); }
 
-static PyObject *lease_enter(struct lease *lease, PyObject *Py_UNUSED(none)) { return Py_NewRef(lease->item); }
+static PyObject *lease_enter(struct lease *lease, PyObject *Py_UNUSED(none))
+{
+    return must_hold(lease) < 0 ? NULL : Py_NewRef(lease->item);
+}
 
 static PyObject *lease_exit(struct lease *lease, PyObject *const *args, Py_ssize_t nargs)
 {
@@ -37,7 +50,10 @@ static PyObject *lease_exit(struct lease *lease, PyObject *const *args, Py_ssize
     Py_RETURN_NONE;
 }
 
-static PyObject *lease_item(struct lease *lease, void *Py_UNUSED(closure)) { return Py_NewRef(lease->item); }
+static PyObject *lease_item(struct lease *lease, void *Py_UNUSED(closure))
+{
+    return Py_NewRef(lease->item != NULL ? lease->item : Py_None); /* none: the garbage collector cleared it */
+}
 
 static PyObject *lease_deliveries(struct lease *lease, void *Py_UNUSED(closure))
 {

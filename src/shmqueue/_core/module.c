@@ -55,8 +55,8 @@ static void free_module(void *module) { clear(module); }
 
 static PyMethodDef functions[] = {
     {"before_fork", handles_before_fork, METH_O, NULL},
-    {"after_fork_in_parent", handles_after_fork_in_parent, METH_O, NULL},
-    {"after_fork_in_child", handles_after_fork_in_child, METH_O, NULL},
+    {"after_fork_in_parent", handles_after_fork_in_parent, METH_NOARGS, NULL},
+    {"after_fork_in_child", handles_after_fork_in_child, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL},
 };
 
