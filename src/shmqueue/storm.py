@@ -60,6 +60,9 @@ reads its ``/proc/<pid>/environ``, as ``ps`` and the like do, holds its memory, 
 FREEZE_S = 0.02
 """Seconds that a worker is stopped, at most."""
 
+MOST = 10**12
+"""Of anything that is asked for."""
+
 MOST_WORKERS = 500
 """512 handles may share a queue."""
 
@@ -985,8 +988,8 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 def _number(kind: type[int] | type[float], least: float) -> Callable[[str], float]:
     def parse(text: str) -> float:
         value = kind(text)
-        if not least <= value < math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is no finite number from {least:g} on")
+        if not least <= value <= MOST:
+            raise argparse.ArgumentTypeError(f"{text} is no number from {least:g} to {MOST:,}")
         return value
 
     parse.__name__ = kind.__name__  # for argparse's messages
