@@ -367,7 +367,7 @@ def test_arguments_that_cannot_do(arguments: str, message: str, capsys: pytest.C
 
 
 def test_no_room_is_told_in_a_line() -> None:
-    done = command("storm", "--buffer-size", str(1 << 50))
+    done = command("storm", "--buffer-size", str(10**12))
     assert (done.returncode, done.stdout) == (1, "")
     assert re.fullmatch(r"the storm itself failed: .*free in /dev/shm\)\n", done.stderr)
 
