@@ -273,6 +273,11 @@ def test_what_is_left_is_told() -> None:
     assert (report.verdict, report.left) == ("left behind", ["/dev/shm/something"])
 
 
+def test_a_recovery_that_ends_too_late_is_one_too_long() -> None:
+    report = report_on(ShmQueue, timeout_s=0.00001)  # shorter than the kill itself
+    assert (report.verdict, report.kills) == ("wedged", 1)
+
+
 # ---- the parts
 
 

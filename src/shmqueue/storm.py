@@ -737,11 +737,13 @@ class Storm:
         for fault in self._contender.faults(len(self._workers)):
             raise _Ended("corrupted", fault)
         self._replace(index)
-        recovery, note = self._answer(self._options.timeout_s + 1)  # the witness is the first to find it too long
+        recovery, note = self._answer(self._options.timeout_s + 1)  # the witness is the first to give up
         self._ledger.add_got([note], self._put_so_far())
         self._recoveries.append(recovery)
         if held_lock:
             self._owner_recoveries.append(recovery)
+        if recovery > self._options.timeout_s:
+            raise _Ended("wedged", f"a recovery took {recovery:.4g} s, {self._options.timeout_s:g} s were allowed")
         self._replace_ended()
 
     def _freeze(self) -> Worker:
