@@ -359,6 +359,10 @@ class Player:
         self.board.idle(self.row)
         self.row += 1
         self.rng = random.Random(self.rng.random())
+        for lease in self.leases:
+            self.call("release the parent's", 0, (exceptions.ShmQueueRuntimeError,), lease.release, message="forked")
+            self.call("leave the parent's", 0, (), lease.__exit__, None, None, None)
+        self.leases.clear()
         for _ in range(self.rng.randrange(15)):
             self.move()
         if self.rng.random() < 0.5:
