@@ -42,7 +42,6 @@ _DEAD = ".dead"
 """Ends the name of a dead-letter queue, which outlives its handles as long as items are in it."""
 
 
-
 class ShmRefDataSnapshot(NamedTuple):
     """What a queue held at one instant.
 

@@ -59,7 +59,7 @@ struct lease {
 };
 
 void lease_end(struct lease *lease, bool is_done);
-void handle_let_go(struct handle *self);
+void handle_end_hand(struct handle *self, const struct shmq_in *in, bool is_done);
 
 struct module_state {
     PyTypeObject *lease_type;

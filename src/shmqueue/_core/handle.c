@@ -383,7 +383,7 @@ static void return_scratch(struct handle *self, PyObject *scratch)
 /* ---- records as objects */
 
 /* The last one out of a handle that was shut down detaches it, and may have to wait for other processes then. */
-void handle_let_go(struct handle *self)
+static void let_go(struct handle *self)
 {
     if (shmq_usable(self->q) == SHMQ_OK) {
         shmq_let_go(self->q);
@@ -394,7 +394,7 @@ void handle_let_go(struct handle *self)
 }
 
 /* Let go of a record in hand after copying it, or give it back. */
-static void end_hand(struct handle *self, const struct shmq_in *in, bool is_done)
+void handle_end_hand(struct handle *self, const struct shmq_in *in, bool is_done)
 {
     if (in->hand < 0)
         return;
@@ -402,7 +402,7 @@ static void end_hand(struct handle *self, const struct shmq_in *in, bool is_done
         shmq_release(self->q, in->hand);
     else
         shmq_give_back_from(self->q, in->hand, in->pos);
-    handle_let_go(self);
+    let_go(self);
 }
 
 /* The object of a record that is still where it was put, in the ring or on the heap. */
@@ -413,7 +413,7 @@ SHMQ_COLD static PyObject *to_object(struct handle *self, struct shmq_in *in)
     body.payload += head;
     body.len -= (uint32_t)head;
     PyObject *payload = codec_copy(&body); /* without memory for it the record goes back to the front */
-    end_hand(self, in, payload != NULL);
+    handle_end_hand(self, in, payload != NULL);
     free(in->heap);
     if (payload == NULL || head > 0)
         return payload;
@@ -638,7 +638,7 @@ static PyObject *handle_get_many(struct handle *self, PyObject *const *args, Py_
     PyObject *list = PyList_New(0);
     rc = list == NULL ? -1 : fill_list(self, list, max, &w);
     if (shmq_process() == process)
-        handle_let_go(self);
+        let_go(self);
     if (list != NULL && PyList_GET_SIZE(list) > 0) {
         if (rc >= 0)
             return list;

@@ -6,15 +6,10 @@
 
 void lease_end(struct lease *lease, bool is_done)
 {
-    int32_t hand = lease->in.hand;
+    struct shmq_in in = lease->in;
     lease->in.hand = -1;
-    if (hand < 0 || shmq_process() != lease->process)
-        return;
-    if (is_done)
-        shmq_release(lease->handle->q, hand);
-    else
-        shmq_give_back_from(lease->handle->q, hand, lease->in.pos);
-    handle_let_go(lease->handle);
+    if (shmq_process() == lease->process)
+        handle_end_hand(lease->handle, &in, is_done);
 }
 
 /* Raise unless the item is still claimed, and by this process. 0, or -1 with an exception. */
