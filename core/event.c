@@ -10,28 +10,53 @@
 #include "port.h"
 #include "shmq.h"
 
-#define SPIN_MAX 1000u /* pauses; some 20 us, what a futex round trip costs */
 #define SPIN_MIN 32u
-#define SPIN_RETRY 64u /* one try in so many when spinning hasn't paid */
+#define SPIN_MAX 1000u /* some 20 us, what a futex round trip costs */
+#define LAG_MAX 128u   /* some 2 us */
+#define SPIN_RETRY 64u /* one try in so many when it hasn't paid */
+#define LAG_RETRY 1024u
+
+/* Pauses to make now. Threads may overwrite each other's numbers here, which are only guesses. */
+static uint32_t budget_of(struct shmq_spin *spin, uint32_t retry)
+{
+    uint32_t budget = atomic_load_explicit(&spin->budget, memory_order_relaxed);
+    if (budget >= SPIN_MIN)
+        return budget;
+    uint32_t skipped = atomic_load_explicit(&spin->skipped, memory_order_relaxed);
+    atomic_store_explicit(&spin->skipped, skipped + 1, memory_order_relaxed);
+    return skipped % retry == 0 ? SPIN_MIN : 0;
+}
+
+static void learn(struct shmq_spin *spin, uint32_t budget, bool has_paid, uint32_t max)
+{
+    uint32_t more = budget < SPIN_MIN ? SPIN_MIN : budget * 2 < max ? budget * 2 : max;
+    atomic_store_explicit(&spin->budget, has_paid ? more : budget / 2, memory_order_relaxed);
+}
 
 bool shmq_spin(struct shmq_spin *spin, _Atomic uint64_t *word, uint64_t seen)
 {
-    uint32_t budget = atomic_load_explicit(&spin->budget, memory_order_relaxed);
-    if (budget < SPIN_MIN) {
-        if (atomic_fetch_add_explicit(&spin->skipped, 1, memory_order_relaxed) % SPIN_RETRY != 0)
-            return false;
-        budget = SPIN_MIN;
+    uint32_t budget = budget_of(spin, SPIN_RETRY);
+    if (budget == 0)
+        return false;
+    bool has_changed = false;
+    for (uint32_t i = 0; i < budget && !has_changed; i++) {
+        has_changed = atomic_load_explicit(word, memory_order_relaxed) != seen;
+        if (!has_changed)
+            port_pause();
     }
-    for (uint32_t i = 0; i < budget; i++) {
-        if (atomic_load_explicit(word, memory_order_relaxed) != seen) {
-            atomic_store_explicit(&spin->budget, budget * 2 < SPIN_MAX ? budget * 2 : SPIN_MAX, memory_order_relaxed);
-            return true;
-        }
-        port_pause();
-    }
-    atomic_store_explicit(&spin->budget, budget / 2, memory_order_relaxed);
-    return false;
+    learn(spin, budget, has_changed, SPIN_MAX);
+    return has_changed;
 }
+
+uint32_t shmq_lag(struct shmq_spin *spin)
+{
+    uint32_t budget = budget_of(spin, LAG_RETRY);
+    for (uint32_t i = 0; i < budget; i++)
+        port_pause();
+    return budget;
+}
+
+void shmq_lag_learn(struct shmq_spin *spin, uint32_t budget, bool has_paid) { learn(spin, budget, has_paid, LAG_MAX); }
 
 uint32_t shmq_items_begin(struct shmq_waiters_hdr *w)
 {

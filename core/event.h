@@ -8,7 +8,7 @@
 
 #include "layout.h"
 
-/* How long to spin before sleeping, learnt from success. One per handle. */
+/* How many pauses pay, learnt from success. One per handle and purpose. */
 struct shmq_spin {
     _Atomic uint32_t budget; /* pauses */
     _Atomic uint32_t skipped;
@@ -16,6 +16,10 @@ struct shmq_spin {
 
 /* Spin until *word differs from `seen` or the budget is spent. True: it differs. */
 bool shmq_spin(struct shmq_spin *spin, _Atomic uint64_t *word, uint64_t seen);
+
+/* Pause without looking, so that more gathers; then learn whether it has. */
+uint32_t shmq_lag(struct shmq_spin *spin);
+void shmq_lag_learn(struct shmq_spin *spin, uint32_t budget, bool has_paid);
 
 /* A sleeper: key = shmq_sleep_begin_..(); look once more; shmq_sleep(count, key, ns) or go on; shmq_sleep_end_..(). */
 uint32_t shmq_items_begin(struct shmq_waiters_hdr *w);

@@ -440,6 +440,7 @@ static int take_from_ring(struct shmq *q, uint64_t put_pos, struct shmq_mark mar
         if (rc == SHMQ_OK)
             mark = next;
     }
+    atomic_store_explicit(&q->has_caught_up, mark.pos == put_pos, memory_order_relaxed);
     if (mark.pos != start)
         shmq_side_publish(side, mark); /* a death before leaves all in place, one after takes it along */
     return rc;
@@ -612,14 +613,20 @@ void shmq_sweep(struct shmq *q)
 
 /* ---- calls that get, and ends of what they have in hand */
 
+/* A consumer that keeps up with its producers fetches their lines for each record, which slows down both. So where the
+ * next record as a rule is there by then, it first falls behind by a few. */
 int shmq_get_try(struct shmq *q, uint8_t *scratch, struct shmq_in *in)
 {
     int rc = shmq_usable(q);
     if (rc != SHMQ_OK)
         return rc;
-    if (!try_side(q, SHMQ_CONSUMING))
-        return SHMQ_BUSY;
-    if ((rc = get_locked(q, scratch, in)) == SHMQ_OK)
+    bool lags = q->may_spin && atomic_load_explicit(&q->has_caught_up, memory_order_relaxed);
+    uint32_t pauses = lags ? shmq_lag(&q->lag) : 0;
+    rc = try_side(q, SHMQ_CONSUMING) ? get_locked(q, scratch, in) : SHMQ_BUSY;
+    bool has_paid = lags && rc == SHMQ_OK && !atomic_load_explicit(&q->has_caught_up, memory_order_relaxed);
+    if (has_paid || pauses > 0)
+        shmq_lag_learn(&q->lag, pauses, has_paid);
+    if (rc == SHMQ_OK)
         after_get(q);
     return rc;
 }
