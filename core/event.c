@@ -10,53 +10,75 @@
 #include "port.h"
 #include "shmq.h"
 
-#define SPIN_MIN 32u
-#define SPIN_MAX 1000u /* some 20 us, what a futex round trip costs */
-#define LAG_MAX 128u   /* some 2 us */
-#define SPIN_RETRY 64u /* one try in so many when it hasn't paid */
-#define LAG_RETRY 1024u
+#define SPIN_NS UINT64_C(50000) /* about what it costs to be woken; waits of up to that are spent awake */
+#define SPIN_MIN_NS UINT64_C(5000) /* about what it costs to fall asleep; so long always, or two could never meet awake */
+#define TRIAL_EVERY 256u
+#define TRIAL_WAITS 8u
+#define LOOKS 16u /* between two looks at the clock */
 
-/* Pauses to make now. Threads may overwrite each other's numbers here, which are only guesses. */
-static uint32_t budget_of(struct shmq_spin *spin, uint32_t retry)
+/* Threads may overwrite each other's numbers here, which are only guesses. */
+static void learn(struct shmq_spin *spin, uint64_t waited_ns)
 {
-    uint32_t budget = atomic_load_explicit(&spin->budget, memory_order_relaxed);
-    if (budget >= SPIN_MIN)
-        return budget;
-    uint32_t skipped = atomic_load_explicit(&spin->skipped, memory_order_relaxed);
-    atomic_store_explicit(&spin->skipped, skipped + 1, memory_order_relaxed);
-    return skipped % retry == 0 ? SPIN_MIN : 0;
+    uint64_t typical = atomic_load_explicit(&spin->typical_ns, memory_order_relaxed);
+    atomic_store_explicit(&spin->typical_ns, typical - typical / 4 + waited_ns / 4, memory_order_relaxed);
 }
 
-static void learn(struct shmq_spin *spin, uint32_t budget, bool has_paid, uint32_t max)
+/* However short it was: where who is waited for needs our processor, staying awake only delays it. */
+void shmq_spin_slept(struct shmq_spin *spin, uint64_t waited_ns)
 {
-    uint32_t more = budget < SPIN_MIN ? SPIN_MIN : budget * 2 < max ? budget * 2 : max;
-    atomic_store_explicit(&spin->budget, has_paid ? more : budget / 2, memory_order_relaxed);
+    learn(spin, waited_ns < 2 * SPIN_NS ? 2 * SPIN_NS : waited_ns < 8 * SPIN_NS ? waited_ns : 8 * SPIN_NS);
+}
+
+/* Two that answer each other wait for as long as a wake-up takes, and for next to nothing if both stay awake: neither
+ * finds out alone. So now and then one stays awake for some waits, through the other's wake-up. */
+static uint64_t time_to_spin(struct shmq_spin *spin)
+{
+    uint64_t typical = atomic_load_explicit(&spin->typical_ns, memory_order_relaxed);
+    uint32_t waits = atomic_load_explicit(&spin->waits, memory_order_relaxed);
+    atomic_store_explicit(&spin->waits, waits + 1, memory_order_relaxed);
+    if (typical <= SPIN_NS)
+        return SPIN_NS;
+    return typical <= 4 * SPIN_NS && waits % TRIAL_EVERY < TRIAL_WAITS ? 2 * SPIN_NS : SPIN_MIN_NS;
 }
 
 bool shmq_spin(struct shmq_spin *spin, _Atomic uint64_t *word, uint64_t seen)
 {
-    uint32_t budget = budget_of(spin, SPIN_RETRY);
-    if (budget == 0)
-        return false;
-    bool has_changed = false;
-    for (uint32_t i = 0; i < budget && !has_changed; i++) {
-        has_changed = atomic_load_explicit(word, memory_order_relaxed) != seen;
-        if (!has_changed)
+    uint64_t start = shmq_now_ns(), limit = time_to_spin(spin), now;
+    do {
+        for (uint32_t i = 0; i < LOOKS; i++) {
+            if (atomic_load_explicit(word, memory_order_relaxed) != seen) {
+                learn(spin, shmq_now_ns() - start);
+                return true;
+            }
             port_pause();
-    }
-    learn(spin, budget, has_changed, SPIN_MAX);
-    return has_changed;
+        }
+        now = shmq_now_ns();
+    } while (now - start < limit);
+    return false;
 }
 
-uint32_t shmq_lag(struct shmq_spin *spin)
+#define LAG_MIN 32u
+#define LAG_MAX 128u /* pauses, some 2 us */
+#define LAG_RETRY 1024u
+
+uint32_t shmq_lag(struct shmq_lag *lag)
 {
-    uint32_t budget = budget_of(spin, LAG_RETRY);
-    for (uint32_t i = 0; i < budget; i++)
+    uint32_t pauses = atomic_load_explicit(&lag->pauses, memory_order_relaxed);
+    if (pauses < LAG_MIN) {
+        uint32_t skipped = atomic_load_explicit(&lag->skipped, memory_order_relaxed);
+        atomic_store_explicit(&lag->skipped, skipped + 1, memory_order_relaxed);
+        pauses = skipped % LAG_RETRY == 0 ? LAG_MIN : 0;
+    }
+    for (uint32_t i = 0; i < pauses; i++)
         port_pause();
-    return budget;
+    return pauses;
 }
 
-void shmq_lag_learn(struct shmq_spin *spin, uint32_t budget, bool has_paid) { learn(spin, budget, has_paid, LAG_MAX); }
+void shmq_lag_learn(struct shmq_lag *lag, uint32_t pauses, bool has_paid)
+{
+    uint32_t more = pauses < LAG_MIN ? LAG_MIN : pauses * 2 < LAG_MAX ? pauses * 2 : LAG_MAX;
+    atomic_store_explicit(&lag->pauses, has_paid ? more : pauses / 2, memory_order_relaxed);
+}
 
 uint32_t shmq_items_begin(struct shmq_waiters_hdr *w)
 {

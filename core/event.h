@@ -8,18 +8,26 @@
 
 #include "layout.h"
 
-/* How many pauses pay, learnt from success. One per handle and purpose. */
+/* How long waits are. One per handle. */
 struct shmq_spin {
-    _Atomic uint32_t budget; /* pauses */
+    _Atomic uint64_t typical_ns;
+    _Atomic uint32_t waits;
+};
+
+/* Spin until *word differs from `seen`, or for as long as that is better than to sleep. True: it differs. Else the caller
+ * sleeps, and then tells how long it waited in all. */
+bool shmq_spin(struct shmq_spin *spin, _Atomic uint64_t *word, uint64_t seen);
+void shmq_spin_slept(struct shmq_spin *spin, uint64_t waited_ns);
+
+/* How many pauses pay, learnt from success. One per handle. */
+struct shmq_lag {
+    _Atomic uint32_t pauses;
     _Atomic uint32_t skipped;
 };
 
-/* Spin until *word differs from `seen` or the budget is spent. True: it differs. */
-bool shmq_spin(struct shmq_spin *spin, _Atomic uint64_t *word, uint64_t seen);
-
 /* Pause without looking, so that more gathers; then learn whether it has. */
-uint32_t shmq_lag(struct shmq_spin *spin);
-void shmq_lag_learn(struct shmq_spin *spin, uint32_t budget, bool has_paid);
+uint32_t shmq_lag(struct shmq_lag *lag);
+void shmq_lag_learn(struct shmq_lag *lag, uint32_t pauses, bool has_paid);
 
 /* A sleeper: key = shmq_sleep_begin_..(); look once more; shmq_sleep(count, key, ns) or go on; shmq_sleep_end_..(). */
 uint32_t shmq_items_begin(struct shmq_waiters_hdr *w);

@@ -33,7 +33,8 @@ struct shmq {
     _Atomic uint64_t put_seen, free_seen;
     _Atomic uint64_t next_look_ns; /* for the dead, on the way of a get */
     _Atomic bool has_caught_up;    /* the last record got was the last one seen */
-    struct shmq_spin spin, lag;    /* consumers'; a full ring is worth sleeping for */
+    struct shmq_lag lag;
+    struct shmq_spin spin; /* consumers'; a full ring is worth sleeping for */
     struct shmq_fault fault;
 };
 

@@ -8,7 +8,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
-/* Clocks, in ns; a hint to the processor that we spin; processors we may run on; random bytes. */
+/* Clocks, in ns; a hint to the processor that we spin; processors of the machine, as we may be bound to one and those we
+ * wait for to another; random bytes. */
 uint64_t port_wall_ns(void);
 void port_pause(void);
 unsigned port_cpus(void);

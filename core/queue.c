@@ -706,6 +706,7 @@ static int wait_for_room(struct shmq *q, uint64_t bytes, uint64_t deadline_ns)
 static int wait_for_items(struct shmq *q, uint64_t seen, uint64_t deadline_ns)
 {
     struct shmq_waiters_hdr *w = &q->seg->waiters;
+    uint64_t start = shmq_now_ns();
     atomic_thread_fence(memory_order_seq_cst); /* [W2] */
     offer_room(q, true); /* nobody will take anything for a while, so a good part may never be free */
     if (q->may_spin && shmq_spin(&q->spin, &shmq_side(q, SHMQ_PRODUCING)->seq, seen))
@@ -714,6 +715,7 @@ static int wait_for_items(struct shmq *q, uint64_t seen, uint64_t deadline_ns)
     if (may_take(q) || shmq_is_closing(q))
         return SHMQ_OK;
     int rc = sleep_by(q, &w->items, key, deadline_ns);
+    shmq_spin_slept(&q->spin, shmq_now_ns() - start);
     if (rc != SHMQ_CORRUPT)
         shmq_items_begin(w); /* who woke us has lowered the flag; others may still be asleep */
     return rc;

@@ -224,28 +224,73 @@ static void test_waker_that_dies_half_way_costs_one_timeout(void)
 
 /* ---- spinning */
 
-static void test_spinning_that_does_not_pay_is_given_up(void)
+static uint64_t spin_once(struct shmq_spin *spin, bool will_change)
 {
-    struct shmq_spin spin = {1000, 0};
     _Atomic uint64_t word = 5;
-    for (int i = 0; i < 10; i++)
-        CHECK(!shmq_spin(&spin, &word, 5));
-    CHECK(spin.budget < 32);
-    uint32_t before = spin.skipped;
-    for (int i = 0; i < 128; i++)
-        CHECK(!shmq_spin(&spin, &word, 5));
-    CHECK(spin.skipped - before >= 126); /* of which two were tries */
+    uint64_t start = shmq_now_ns();
+    CHECK_EQ(shmq_spin(spin, &word, will_change ? 4 : 5), will_change);
+    return shmq_now_ns() - start;
 }
 
-static void test_spinning_that_pays_is_done_longer(void)
+static void test_long_waits_are_not_spent_awake(void)
 {
     struct shmq_spin spin = {0, 0};
-    _Atomic uint64_t word = 5;
-    int successes = 0;
-    for (int i = 0; i < 64 + 20; i++)
-        successes += shmq_spin(&spin, &word, 4);
-    CHECK(successes >= 20);
-    CHECK_EQ(spin.budget, 1000);
+    CHECK(spin_once(&spin, false) >= 50000);
+    for (int i = 0; i < 10; i++)
+        shmq_spin_slept(&spin, UINT64_C(1000000000));
+    uint64_t least = UINT64_MAX;
+    for (int i = 0; i < 500; i++) { /* others may have the processor meanwhile, but hardly each time */
+        uint64_t ns = spin_once(&spin, false);
+        least = ns < least ? ns : least;
+    }
+    CHECK(least < 20000);
+    CHECK_EQ(spin.waits, 501);
+}
+
+static void test_waits_that_have_become_short_are_spent_awake(void)
+{
+    struct shmq_spin spin = {0, 0};
+    for (int i = 0; i < 10; i++)
+        shmq_spin_slept(&spin, UINT64_C(1000000000));
+    for (int i = 0; i < 1000; i++)
+        spin_once(&spin, true);
+    CHECK(spin.typical_ns < 50000);
+    CHECK(spin_once(&spin, false) >= 50000);
+}
+
+static void test_waits_of_a_wake_up_are_spent_awake_now_and_then(void)
+{
+    struct shmq_spin spin = {100000, 0};
+    uint32_t trials = 0;
+    for (int i = 0; i < 512; i++) {
+        spin.typical_ns = 100000;
+        trials += spin_once(&spin, false) >= 100000;
+    }
+    CHECK(trials >= 16 && trials < 100);
+}
+
+static void test_lag_that_does_not_pay_is_given_up(void)
+{
+    struct shmq_lag lag = {128, 0};
+    uint32_t tries = 0;
+    for (int i = 0; i < 2048 + 8; i++) {
+        uint32_t pauses = shmq_lag(&lag);
+        tries += pauses > 0;
+        shmq_lag_learn(&lag, pauses, false);
+    }
+    CHECK_EQ(tries, 3 + 3); /* 128, 64, 32; then one in 1024 */
+}
+
+static void test_lag_that_pays_becomes_longer(void)
+{
+    struct shmq_lag lag = {0, 1};
+    CHECK_EQ(shmq_lag(&lag), 0);
+    for (uint32_t pauses = 32; pauses <= 128; pauses *= 2) {
+        shmq_lag_learn(&lag, lag.pauses, true);
+        CHECK_EQ(shmq_lag(&lag), pauses);
+    }
+    shmq_lag_learn(&lag, 128, true);
+    CHECK_EQ(shmq_lag(&lag), 128);
 }
 
 static const struct test tests[] = {
@@ -258,7 +303,10 @@ static const struct test tests[] = {
     TEST(test_who_is_woken_wakes_the_next_while_something_is_left),
     TEST(test_killed_sleeper_leaves_nothing_but_a_needless_wake),
     TEST(test_waker_that_dies_half_way_costs_one_timeout),
-    TEST(test_spinning_that_does_not_pay_is_given_up),
-    TEST(test_spinning_that_pays_is_done_longer),
+    TEST(test_long_waits_are_not_spent_awake),
+    TEST(test_waits_that_have_become_short_are_spent_awake),
+    TEST(test_waits_of_a_wake_up_are_spent_awake_now_and_then),
+    TEST(test_lag_that_does_not_pay_is_given_up),
+    TEST(test_lag_that_pays_becomes_longer),
 };
 RUN_TESTS(tests)
