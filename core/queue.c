@@ -232,19 +232,21 @@ struct shmq_out shmq_out(const struct shmq_part *parts, uint32_t n_parts, uint32
     return (struct shmq_out){parts, n_parts, method, is_aligned, size};
 }
 
-/* A big record: reserve under the lock, copy outside, commit. The lock is held on entry and not on return. */
-SHMQ_COLD static void put_reserved(struct shmq *q, const struct shmq_out *out, const struct shmq_record *record,
-                                   int32_t hand, struct shmq_mark next)
+/* Publish a record that is yet to be written. The lock is held on entry and not on return. */
+SHMQ_COLD static void begin_reserved(struct shmq *q, const struct shmq_record *record, struct shmq_mark next)
 {
     shmq_ring_begin(&q->ring, record, SHMQ_RESERVED);
     SHMQ_FAILPOINT("put:reserved"); /* dies here: the entry is void */
     shmq_side_publish(shmq_side(q, SHMQ_PRODUCING), next);
     shmq_leave_side(q, SHMQ_PRODUCING);
     SHMQ_FAILPOINT("put:unlocked"); /* dies here, or while copying: swept to abandoned; put() had not returned */
-    shmq_ring_fill(&q->ring, record->pos, out);
+}
+
+SHMQ_COLD static void end_reserved(struct shmq *q, uint64_t pos, int32_t hand, enum shmq_state state)
+{
     SHMQ_FAILPOINT("put:filled");
-    shmq_ring_set_state(&q->ring, record->pos, SHMQ_COMMITTED);
-    SHMQ_FAILPOINT("put:committed"); /* dies here: delivered; the entry is swept */
+    shmq_ring_set_state(&q->ring, pos, state);
+    SHMQ_FAILPOINT("put:committed"); /* dies here: delivered, if it's committed; the entry is swept */
     shmq_hands_free(&q->reservations, hand);
     atomic_thread_fence(memory_order_seq_cst); /* [W2] */
 }
@@ -276,7 +278,9 @@ static int put_locked(struct shmq *q, const struct shmq_out *outs, uint32_t n, u
         if (len > SHMQ_SMALL && (i > 0 || (hand = reserve_hand(q, mark.pos, next.pos)) >= 0)) {
             if (i > 0)
                 break; /* it comes next, by itself */
-            put_reserved(q, &outs[0], &record, hand, next);
+            begin_reserved(q, &record, next);
+            shmq_ring_fill(&q->ring, record.pos, &outs[0]);
+            end_reserved(q, record.pos, hand, SHMQ_COMMITTED);
             *done = 1;
             return SHMQ_OK;
         }
@@ -316,6 +320,23 @@ static void describe(const struct shmq *q, const struct shmq_record *r, int32_t 
     const uint8_t *payload = shmq_ring_payload(&q->ring, r->pos);
     uint32_t phase = (uint32_t)((uintptr_t)payload % SHMQ_ALIGN);
     *in = (struct shmq_in){payload, NULL, r->pos, r->len, r->method, phase, 0, hand};
+}
+
+/* Reserve room for a record that the caller writes. Caller holds the producing lock, which is let go of. */
+SHMQ_COLD static int reserve_locked(struct shmq *q, uint32_t len, uint32_t method, struct shmq_in *room)
+{
+    struct shmq_mark mark = shmq_side_mark(shmq_side(q, SHMQ_PRODUCING));
+    struct shmq_mark next = {mark.pos + shmq_record_size(len), mark.count + 1};
+    struct shmq_record record = {mark.pos, len, method};
+    int rc = fits(q, mark.pos, next.pos);
+    int32_t hand = rc == SHMQ_OK ? reserve_hand(q, mark.pos, next.pos) : -1;
+    if (hand < 0) {
+        shmq_leave_side(q, SHMQ_PRODUCING);
+        return rc == SHMQ_OK ? SHMQ_CLAIMED : rc;
+    }
+    begin_reserved(q, &record, next);
+    describe(q, &record, hand, room);
+    return SHMQ_OK;
 }
 
 /* A claimed one. */
@@ -667,6 +688,22 @@ void shmq_release(struct shmq *q, int32_t hand)
     after_get(q);
 }
 
+void shmq_commit(struct shmq *q, const struct shmq_in *room)
+{
+    if (q->is_cut)
+        return;
+    end_reserved(q, room->pos, room->hand, SHMQ_COMMITTED);
+    after_put(q);
+}
+
+void shmq_abandon(struct shmq *q, const struct shmq_in *room)
+{
+    if (q->is_cut)
+        return;
+    end_reserved(q, room->pos, room->hand, SHMQ_ABANDONED);
+    sweep_consuming(q, SWEEP_LOCK_NS); /* so that its bytes are free again soon */
+}
+
 /* ---- wait */
 
 /* Sleep until woken, at most until the deadline; a sleep that just runs out ends in a sweep. OK | INTR | CORRUPT */
@@ -730,8 +767,31 @@ static int wait_for_a_claim(struct shmq *q, uint64_t deadline_ns)
     return is_any_free || shmq_is_closing(q) ? SHMQ_INTR : sleep_by(q, &w->items, key, deadline_ns);
 }
 
-SHMQ_COLD static int put_wait(struct shmq *q, const struct shmq_out *outs, uint32_t n, uint32_t *done,
-                              uint64_t deadline_ns)
+/* As many reservations are open as can be. A look now and then finds out when one has ended. */
+static int wait_for_a_reservation(struct shmq *q, uint64_t bytes, uint64_t deadline_ns)
+{
+    struct shmq_waiters_hdr *w = &q->seg->waiters;
+    return sleep_by(q, &w->room, shmq_room_begin(w, bytes), deadline_ns);
+}
+
+/* What to do under the producing lock, which is let go of: put records, or reserve room for one. */
+struct putting {
+    const struct shmq_out *outs;
+    uint32_t n, *done;
+    struct shmq_in *room; /* where to say what was reserved; NULL: put */
+};
+
+static int put_or_reserve_locked(struct shmq *q, const struct putting *p)
+{
+    if (p->room != NULL)
+        return reserve_locked(q, (uint32_t)(p->outs->size - SHMQ_RECORD_HDR), p->outs->method, p->room);
+    int rc = put_locked(q, p->outs, p->n, p->done);
+    if (rc == SHMQ_OK)
+        after_put(q);
+    return rc;
+}
+
+SHMQ_COLD static int put_wait(struct shmq *q, const struct putting *p, uint64_t deadline_ns)
 {
     bool is_swept = false;
     for (;;) {
@@ -739,29 +799,45 @@ SHMQ_COLD static int put_wait(struct shmq *q, const struct shmq_out *outs, uint3
             return SHMQ_CLOSED;
         int rc = shmq_enter_side_by(q, SHMQ_PRODUCING, deadline_ns);
         if (rc == SHMQ_OK)
-            rc = put_locked(q, outs, n, done);
-        if (rc == SHMQ_OK)
-            after_put(q);
-        if (rc != SHMQ_FULL)
+            rc = put_or_reserve_locked(q, p);
+        if (rc != SHMQ_FULL && rc != SHMQ_CLAIMED)
             return rc;
         if (shmq_now_ns() >= deadline_ns) {
             if (!swept_at_the_end(q, &is_swept))
-                return SHMQ_FULL;
-        } else if ((rc = wait_for_room(q, outs[0].size, deadline_ns)) != SHMQ_OK) {
-            if (rc == SHMQ_CORRUPT || shmq_now_ns() < deadline_ns)
                 return rc;
+            continue;
         }
+        rc = rc == SHMQ_FULL ? wait_for_room(q, p->outs->size, deadline_ns)
+                             : wait_for_a_reservation(q, p->outs->size, deadline_ns);
+        if (rc == SHMQ_CORRUPT || (rc != SHMQ_OK && shmq_now_ns() < deadline_ns))
+            return rc;
     }
 }
 
 SHMQ_COLD int shmq_put_wait(struct shmq *q, const struct shmq_out *outs, uint32_t n, uint32_t *done,
                             uint64_t deadline_ns)
 {
+    struct putting p = {outs, n, done, NULL};
     *done = 0;
     int rc = shmq_hold(q);
     if (rc != SHMQ_OK)
         return rc;
-    rc = put_wait(q, outs, n, done, deadline_ns);
+    rc = put_wait(q, &p, deadline_ns);
+    shmq_let_go(q);
+    return rc;
+}
+
+SHMQ_COLD int shmq_reserve(struct shmq *q, uint64_t len, uint32_t method, struct shmq_in *room, uint64_t deadline_ns)
+{
+    struct shmq_part any = {NULL, len};
+    struct shmq_out out = shmq_out(&any, 1, method, false);
+    struct putting p = {&out, 1, NULL, room};
+    if (out.size > q->ring.capacity)
+        return SHMQ_TOO_BIG;
+    int rc = shmq_hold(q);
+    if (rc != SHMQ_OK)
+        return rc;
+    rc = put_wait(q, &p, deadline_ns);
     shmq_let_go(q);
     return rc;
 }

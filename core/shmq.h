@@ -124,6 +124,13 @@ struct shmq_out shmq_out(const struct shmq_part *parts, uint32_t n_parts, uint32
 int shmq_put_try(struct shmq *q, const struct shmq_out *outs, uint32_t n, uint32_t *done);
 int shmq_put_wait(struct shmq *q, const struct shmq_out *outs, uint32_t n, uint32_t *done, uint64_t deadline_ns);
 
+/* Reserve room for one record of `len` bytes that the caller writes to `room->payload`, and then commits, or abandons as
+ * if it had never been; a death abandons it. One store, no lock. Later records don't wait for it. Hold the handle
+ * meanwhile. OK | FULL | CLAIMED (as many are open as can be) | TOO_BIG | BUSY | INTR | CLOSED | FORKED | CORRUPT */
+int shmq_reserve(struct shmq *q, uint64_t len, uint32_t method, struct shmq_in *room, uint64_t deadline_ns);
+void shmq_commit(struct shmq *q, const struct shmq_in *room);
+void shmq_abandon(struct shmq *q, const struct shmq_in *room);
+
 /* Take the oldest record. `scratch` holds SHMQ_SMALL bytes; NULL: claim the record, whatever its size, until it is
  * released or given back. OK | EMPTY | CLAIMED | BUSY | CLOSED | FORKED | CORRUPT */
 int shmq_get_try(struct shmq *q, uint8_t *scratch, struct shmq_in *in);

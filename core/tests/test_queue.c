@@ -88,25 +88,19 @@ static void free_outs(struct outs *outs)
 }
 
 /* Reserve as a big put does, by hand. */
-static int32_t reserve(uint32_t id, uint32_t len, uint64_t *pos)
+static struct shmq_in reserve(uint32_t id, uint32_t len)
 {
-    struct shmq_side_hdr *side = shmq_side(q, SHMQ_PRODUCING);
-    CHECK_EQ(shmq_enter_side(q, SHMQ_PRODUCING, in_ms(STATE_MS)), SHMQ_OK);
-    struct shmq_mark mark = shmq_side_mark(side);
-    struct shmq_record record = { *pos = mark.pos, len, id};
-    int32_t hand = shmq_hands_take(&q->reservations, mark.pos, mark.pos + 8 + len, q->self);
-    CHECK(hand >= 0);
-    shmq_ring_begin(&q->ring, &record, SHMQ_RESERVED);
-    shmq_side_publish(side, (struct shmq_mark){mark.pos + 8 + len, mark.count + 1});
-    shmq_leave_side(q, SHMQ_PRODUCING);
-    return hand;
+    struct shmq_in room;
+    CHECK_EQ(shmq_reserve(q, len, id, &room, in_ms(STATE_MS)), SHMQ_OK);
+    CHECK_EQ(room.len, len);
+    CHECK_EQ(room.phase, (uintptr_t)room.payload % SHMQ_ALIGN);
+    return room;
 }
 
-static void commit(uint32_t id, uint32_t len, int32_t hand, uint64_t pos)
+static void commit(uint32_t id, const struct shmq_in *room)
 {
-    item_fill(shmq_ring_payload(&q->ring, pos), id, len);
-    shmq_ring_set_state(&q->ring, pos, SHMQ_COMMITTED);
-    shmq_hands_free(&q->reservations, hand);
+    item_fill((uint8_t *)room->payload, id, room->len);
+    shmq_commit(q, room);
 }
 
 /* ---- put and get */
@@ -541,15 +535,14 @@ static void test_leases_beyond_the_table_wait_for_one_that_ends(void)
 
 static void test_items_behind_a_reservation_are_not_held_up_and_it_comes_when_committed(void)
 {
-    uint64_t pos;
     q = attach(8 * PAGE);
     puts_ok(q, 1, 10);
-    int32_t hand = reserve(2, BIG, &pos);
+    struct shmq_in room = reserve(2, BIG);
     puts_ok(q, 3, 10);
     puts_ok(q, 4, BIG);
     gets(q, 1);
     gets(q, 3);
-    commit(2, BIG, hand, pos);
+    commit(2, &room);
     gets(q, 2); /* before newer ones */
     gets(q, 4);
     is_empty();
@@ -559,15 +552,14 @@ static void test_items_behind_a_reservation_are_not_held_up_and_it_comes_when_co
 static void test_full_tables_hold_everything_up_to_the_last_entry(void)
 {
     static struct shmq_in in[SHMQ_H_CLAIMS];
-    static uint64_t pos[SHMQ_R_ENTRIES];
-    static int32_t hand[SHMQ_R_ENTRIES];
+    static struct shmq_in room[SHMQ_R_ENTRIES];
     q = attach((SHMQ_H_CLAIMS + SHMQ_R_ENTRIES + 9) * 3 * PAGE);
     for (uint32_t id = 0; id < SHMQ_H_CLAIMS; id++) {
         puts_ok(q, id, BIG);
         in[id] = claim(id);
     }
     for (uint32_t i = 0; i < SHMQ_R_ENTRIES; i++)
-        hand[i] = reserve(2000 + i, BIG, &pos[i]);
+        room[i] = reserve(2000 + i, BIG);
     puts_ok(q, 4000, BIG); /* no reservation is left for it: copied under the lock */
     puts_ok(q, 4001, 10);
     gets(q, 4000); /* passes all reservations */
@@ -575,7 +567,7 @@ static void test_full_tables_hold_everything_up_to_the_last_entry(void)
     CHECK_EQ(broken_invariants(q), 0);
     gets(q, 4001);
     for (uint32_t i = 0; i < SHMQ_R_ENTRIES; i++)
-        commit(2000 + i, BIG, hand[i], pos[i]);
+        commit(2000 + i, &room[i]);
     for (uint32_t i = 0; i < SHMQ_R_ENTRIES; i++)
         gets(q, 2000 + i);
     for (uint32_t id = 0; id < SHMQ_H_CLAIMS; id++)
@@ -591,17 +583,66 @@ static void test_item_put_behind_a_passed_reservation_comes_at_the_first_try(voi
 {
     uint8_t scratch[SHMQ_SMALL];
     struct shmq_in in;
-    uint64_t pos;
     q = attach(16 * PAGE);
     puts_ok(q, 1, 10);
-    int32_t hand = reserve(2, BIG, &pos);
+    struct shmq_in room = reserve(2, BIG);
     gets(q, 1);
     puts_ok(q, 3, 10);
     CHECK_EQ(shmq_get_try(q, scratch, &in), SHMQ_OK);
     CHECK_EQ(item_accept(q, &in), 3);
-    commit(2, BIG, hand, pos);
+    commit(2, &room);
     gets(q, 2);
     is_empty();
+    done();
+}
+
+static void test_abandoned_reservation_never_comes_and_its_bytes_are_free_at_once(void)
+{
+    for (int is_passed = 0; is_passed < 2; is_passed++) {
+        q = attach(8 * PAGE);
+        struct shmq_in room = reserve(1, 100);
+        puts_ok(q, 2, 10);
+        if (is_passed)
+            gets(q, 2);
+        shmq_abandon(q, &room);
+        CHECK_EQ(in_use(), is_passed ? 0 : shmq_record_size(10));
+        if (!is_passed)
+            gets(q, 2);
+        is_empty();
+        CHECK_EQ(broken_invariants(q), 0);
+        done();
+    }
+}
+
+static void test_reservations_beyond_the_table_wait_for_one_that_ends(void)
+{
+    static struct shmq_in room[SHMQ_R_ENTRIES];
+    struct shmq_in more;
+    q = attach(8 * PAGE);
+    for (uint32_t i = 0; i < SHMQ_R_ENTRIES; i++)
+        room[i] = reserve(i, 8);
+    CHECK_EQ(shmq_reserve(q, 8, 500, &more, 0), SHMQ_CLAIMED);
+    uint64_t start = shmq_now_ns();
+    int rc;
+    while ((rc = shmq_reserve(q, 8, 500, &more, start + 30000000)) == SHMQ_INTR)
+        ;
+    CHECK_EQ(rc, SHMQ_CLAIMED);
+    CHECK(shmq_now_ns() - start >= 30000000);
+    commit(7, &room[7]);
+    more = reserve(500, 8);
+    gets(q, 7);
+    commit(500, &more);
+    gets(q, 500);
+    for (uint32_t i = 0; i < SHMQ_R_ENTRIES; i++)
+        if (i != 7)
+            shmq_abandon(q, &room[i]);
+    is_empty();
+    CHECK_EQ(in_use(), 0);
+    CHECK_EQ(shmq_reserve(q, 8 * PAGE, 1, &more, 0), SHMQ_TOO_BIG);
+    CHECK_EQ(shmq_reserve(q, UINT64_MAX, 1, &more, 0), SHMQ_TOO_BIG);
+    puts_ok(q, 1, 10);
+    CHECK_EQ(shmq_reserve(q, 8 * PAGE - 9, 1, &more, 0), SHMQ_FULL);
+    gets(q, 1);
     done();
 }
 
@@ -610,18 +651,17 @@ static void test_item_put_behind_a_passed_reservation_comes_at_the_first_try(voi
 static void test_clear_drops_items_and_leaves_what_is_in_hand(void)
 {
     struct shmq_in batch[4];
-    uint64_t pos[2];
     q = attach(16 * PAGE);
     start_at(16 * PAGE - 5000);
     puts_ok(q, 1, BIG);
     struct shmq_in claimed = claim(1);
-    int32_t passed = reserve(2, BIG, &pos[0]);
+    struct shmq_in passed = reserve(2, BIG);
     for (uint32_t id = 3; id <= 7; id++)
         puts_ok(q, id, 10);
     gets(q, 3);
     claim_batch(batch, 2, 4);
     shmq_give_back_from(q, batch[0].hand, batch[1].pos);
-    int32_t ahead = reserve(8, BIG, &pos[1]);
+    struct shmq_in ahead = reserve(8, BIG);
     puts_ok(q, 9, 10);
     struct shmq_info before = info();
     CHECK_EQ(before.qsize, 4); /* 5, 6, 7, 9 */
@@ -630,9 +670,9 @@ static void test_clear_drops_items_and_leaves_what_is_in_hand(void)
     CHECK_EQ(info().qsize, 0);
     CHECK(info().get_pos == before.put_pos && info().free_pos == before.free_pos);
     puts_ok(q, 10, 10);
-    commit(8, BIG, ahead, pos[1]);
+    commit(8, &ahead);
     gets(q, 8);
-    commit(2, BIG, passed, pos[0]);
+    commit(2, &passed);
     gets(q, 2);
     gets(q, 10);
     CHECK_EQ(item_accept(q, &claimed), 1);
@@ -1378,6 +1418,8 @@ static const struct test tests[] = {
     TEST(test_leases_beyond_the_table_wait_for_one_that_ends),
     TEST(test_items_behind_a_reservation_are_not_held_up_and_it_comes_when_committed),
     TEST(test_item_put_behind_a_passed_reservation_comes_at_the_first_try),
+    TEST(test_abandoned_reservation_never_comes_and_its_bytes_are_free_at_once),
+    TEST(test_reservations_beyond_the_table_wait_for_one_that_ends),
     TEST(test_full_tables_hold_everything_up_to_the_last_entry),
     TEST(test_clear_drops_items_and_leaves_what_is_in_hand),
     TEST(test_call_without_time_returns_at_once),

@@ -71,6 +71,28 @@ static void put_big(void) { puts_mine((size_t[]){BIG}, 1); }
 static void put_three(void) { puts_mine((size_t[]){30, 0, 4000}, 3); }
 static void put_mixed(void) { puts_mine((size_t[]){10, BIG, 20, 30, BIG - 1}, 5); }
 
+static struct shmq_in reserve_mine(size_t len)
+{
+    struct shmq_in room;
+    CHECK_EQ(shmq_reserve(mine, len, 100, &room, in_ms(STATE_MS)), SHMQ_OK);
+    item_fill((uint8_t *)room.payload, 100, len);
+    return room;
+}
+
+static void reserve_and_commit(void)
+{
+    struct shmq_in room = reserve_mine(70);
+    stage->begun = 1;
+    shmq_commit(mine, &room);
+    stage->returned = 1;
+}
+
+static void reserve_and_abandon(void)
+{
+    struct shmq_in room = reserve_mine(BIG);
+    shmq_abandon(mine, &room);
+}
+
 static void took(uint32_t id) { stage->taken[stage->n_taken++] = id; }
 
 static void get_one(void)
@@ -295,6 +317,9 @@ static const struct op ops[] = {
     {"put mixed", put_four, put_mixed, NULL, NULL, false},
     {"put behind a claim", put_four_behind_claim, put_mixed, NULL, NULL, false},
     {"put big behind a frozen one", put_four_behind_frozen, put_big, "put:committed", NULL, false},
+    {"reserve and commit", put_four, reserve_and_commit, "put:committed", NULL, false},
+    {"reserve and abandon", put_four, reserve_and_abandon, NULL, NULL, false},
+    {"reserve and abandon behind a frozen one", put_four_behind_frozen, reserve_and_abandon, NULL, NULL, false},
     {"get small", put_four, get_one, "publish:done", ITEMS(1), false},
     {"get big", put_four_big, get_one, "hands:freed", ITEMS(1), false},
     {"get batch", put_four, get_and_release_batch, "hands:freed", ITEMS(1, 2, 3), false},
