@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from . import __version__, storm
+from . import __version__, bench, storm
 
 __all__ = ["main"]
 
-COMMANDS = (storm.add_command,)
+COMMANDS = (bench.add_command, storm.add_command)
 """Functions that add a subcommand's parser; its default ``run`` takes the arguments and returns the exit code."""
 
 

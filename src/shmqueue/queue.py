@@ -13,13 +13,14 @@ import math
 import mmap
 import operator
 import os
+import sys
 import uuid
 from collections.abc import Callable, Iterator
 from itertools import chain
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, TypeVar
 
-from . import _core, lifecycle, names, reflog, serialization
+from . import _core, lifecycle, names, reflog, serialization, views
 from . import exceptions as exc
 
 __all__ = ["SIZE_HEADER", "SYSTEM_PAGESIZE", "ShmQueue", "ShmRefDataSnapshot"]
@@ -31,6 +32,7 @@ SIZE_HEADER = 8
 """Bytes that an item takes in the ring beside its payload."""
 
 if TYPE_CHECKING:
+    import numpy
     from typing_extensions import TypeVar as TypeVarWithDefault
 
     T = TypeVarWithDefault("T", default=Any)  # ShmQueue("jobs") is a queue of anything
@@ -174,6 +176,80 @@ class ShmQueue(_core.Handle[T]):
         Changes nothing, and holds each side's lock while it looks.
         """
         return self._check().splitlines()
+
+    # ---- in place
+
+    def reserve(
+        self, nbytes: int, block: bool = True, timeout: float | None = None
+    ) -> views.Reservation[memoryview]:
+        """Reserve room for an item of bytes and write it in the queue's own memory, without a copy.
+
+            with q.reserve(len(header) + size) as buffer:
+                camera.readinto(buffer)
+
+        At the end of the block the item is put, and arrives as ``put(bytes(buffer))`` would. After an exception it
+        never was, nor if the process dies before. Its place in the queue is that of the call; items put later don't
+        wait for it. The buffer, and what was made of it, must not be used after the block.
+
+        Args:
+            nbytes: Bytes of the item. In the queue it takes ``8 + len(msgpack.packb(item))``.
+            block, timeout: As for ``put()``.
+        Returns:
+            A ``Reservation``: a context manager that gives a writable memoryview of ``nbytes`` bytes, which aren't
+            zeroed; or use its ``buffer``, ``commit()`` and ``abandon()``.
+        Raises:
+            ShmQueueFull: it didn't fit in time, or 128 reservations are open.
+            ShmQueueValueError: it is larger than the queue; or ``nbytes`` is negative.
+            ShmQueueNotInitializedError: the handle has been shut down.
+        """
+        try:
+            size = operator.index(nbytes)
+        except TypeError:
+            raise exc.ShmQueueTypeError(f"{self._who}: nbytes must be an int, not {type(nbytes).__name__}") from None
+        if not 0 <= size < 2**62:
+            raise exc.ShmQueueValueError(f"{self._who}: nbytes is {size}, from 0 to {2**62 - 1} are possible")
+        head = serialization.bin_head(size)
+        memory = self._reserve(len(head) + size, serialization.SerializationMethods.MSGPACK, block, timeout)
+        payload = memoryview(memory)
+        payload[: len(head)] = head
+        buffer = payload[len(head) :]
+        payload.release()
+        return views.Reservation(self._who, memory, buffer)
+
+    def reserve_array(
+        self,
+        shape: int | tuple[int, ...],
+        dtype: numpy.typing.DTypeLike = float,
+        order: Literal["C", "F"] = "C",
+        block: bool = True,
+        timeout: float | None = None,
+    ) -> views.Reservation[numpy.ndarray[Any, Any]]:
+        """Reserve room for a numpy array and fill it in the queue's own memory, without a copy.
+
+            with q.reserve_array((1080, 1920, 3), "uint8") as image:
+                camera.read(image)
+
+        The same as ``reserve()``, but that the buffer is an array, aligned to 64 bytes, and arrives as ``put(array)``
+        would. After the block the array can't be used; to read it, ``get()`` or ``lease()`` the item.
+
+        Args:
+            shape, dtype, order: As for ``numpy.empty``; objects can't be in it.
+            block, timeout: As for ``put()``.
+        Raises:
+            ShmQueueSerializationError: the queue has ``allow_pickle=False``, or the dtype holds objects.
+            And as ``reserve()`` does; numpy's own for a shape or dtype that can't be.
+        """
+        if not self._options["allow_pickle"]:
+            raise exc.ShmQueueSerializationError(
+                f"{self._who}: arrays go by pickle, and the queue has allow_pickle=False; use reserve()"
+            )
+        try:
+            layout = serialization.array_layout(shape, dtype, order)
+        except exc.ShmQueueException as error:
+            error.args = (f"{self._who}: {error}",)
+            raise
+        memory = self._reserve(layout.size, serialization.PICKLE_OUT_OF_BAND, block, timeout)
+        return views.Reservation(self._who, memory, layout.array_in(memoryview(memory), memory.phase))
 
     def custom_serialize(self, callable_function: Callable[[int, Any], Any]) -> None:
         """Set ``f(method, data) -> bytes-like`` for methods from ``FIRST_PUBLIC_NUMBER`` on."""
@@ -346,6 +422,9 @@ class ShmQueue(_core.Handle[T]):
             raise exc.ShmQueueRuntimeError(f"{self._who}: the lease is over: its item was released or given back")
         raise exc.ShmQueueRuntimeError(f"{self._who}: the lease is held by the process that this one was forked from")
 
+    def _let_go(self, memory: _core.Memory, item: list[Any]) -> None:
+        views.let_go(memory, item, sys._getframe(1))
+
     def _seconds(self, timeout: Any) -> float:
         kind = type(timeout)
         if not (hasattr(kind, "__float__") or hasattr(kind, "__index__")):
@@ -381,7 +460,7 @@ class ShmQueue(_core.Handle[T]):
     def _failed(self, status: int, size: int, timeout: float | None) -> NoReturn:
         """Raise what a status means. size: bytes that a put needs, 0 for a get, -1 for anything else."""
         within = ""
-        if status in (_core.FULL, _core.EMPTY) and timeout is not None:
+        if status in (_core.FULL, _core.EMPTY, _core.CLAIMED) and timeout is not None:
             within = f" within {float(timeout):g} s"
         if status == _core.FULL:
             raise exc.ShmQueueFull(
@@ -390,6 +469,10 @@ class ShmQueue(_core.Handle[T]):
             )
         if status == _core.EMPTY:
             raise exc.ShmQueueEmpty(f"{self._who}: no item{within or ' there now'}")
+        if status == _core.CLAIMED and size > 0:
+            raise exc.ShmQueueFull(
+                f"{self._who}: nothing can be reserved: 128 reservations are open, and none has ended{within or ' yet'}"
+            )
         if status == _core.CLAIMED:
             raise exc.ShmQueueEmpty(
                 f"{self._who}: no item can be leased: as many as possible are, and no lease has ended{within or ' yet'}"

@@ -37,11 +37,13 @@ first byte modulo 64, a buffer begins at ``cursor + -(phase + cursor) % 64``.
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import pickle
 import re
 import struct
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import msgpack
@@ -187,7 +189,7 @@ def _encode_default(data: Any, allow_pickle: bool, strict_types: bool) -> Encode
     kind = type(data)
     if kind is bytes or (kind in _BYTES_TYPES and not strict_types):
         body = _contiguous(data)
-        return Encoded(SerializationMethods.MSGPACK, False, (_bin_head(memoryview(body).nbytes), body))
+        return Encoded(SerializationMethods.MSGPACK, False, (bin_head(memoryview(body).nbytes), body))
     if kind in _MSGPACK_TYPES:
         try:
             return Encoded(SerializationMethods.MSGPACK, False, (_pack(data, None, strict_types),))
@@ -258,7 +260,7 @@ def _pack_as_bases(data: Any) -> bytes:
     return packed
 
 
-def _bin_head(size: int) -> bytes:
+def bin_head(size: int) -> bytes:
     """Return the head of a msgpack bin. One of 4 GiB isn't put anyway, whatever its head says."""
     if size < 1 << 8:
         return struct.pack(">BB", 0xC4, size)
@@ -316,6 +318,56 @@ def _joined_apart(pickled: bytes | memoryview, buffers: list[memoryview]) -> Enc
     lengths = [len(pickled), *(buffer.nbytes for buffer in buffers)]
     head = struct.pack(f"<{1 + len(lengths)}Q", len(buffers), *lengths)
     return Encoded(PICKLE_OUT_OF_BAND, True, (head + pickled, *buffers))
+
+
+class ArrayLayout(NamedTuple):
+    """Where the payload of an array that is yet to be filled has what."""
+
+    head: bytes
+    """All before the array."""
+
+    template: Any
+    """An array of that shape, without memory to speak of."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of the payload."""
+        nbytes: int = self.template.nbytes
+        return len(self.head) + nbytes + ALIGNMENT - 1
+
+    def array_in(self, payload: memoryview, phase: int) -> Any:
+        """Write the head; return the array, which can be written to."""
+        numpy = sys.modules["numpy"]
+        like = self.template
+        start = len(self.head) + -(phase + len(self.head)) % ALIGNMENT
+        payload[: len(self.head)] = self.head
+        flat = numpy.frombuffer(payload[start : start + like.nbytes], like.dtype)
+        return flat.reshape(like.shape, order="C" if like.flags.c_contiguous else "F")
+
+
+def array_layout(shape: Any, dtype: Any, order: Any) -> ArrayLayout:
+    """Return the layout of an array's payload.
+
+    Raises:
+        ShmQueueSerializationError: it holds objects.
+        What ``numpy.empty`` raises.
+    """
+    import numpy
+
+    return _array_layout(tuple(shape) if isinstance(shape, Iterable) else shape, numpy.dtype(dtype), order)
+
+
+@functools.lru_cache(maxsize=64)
+def _array_layout(shape: Any, dtype: Any, order: Any) -> ArrayLayout:
+    import numpy
+
+    template = numpy.empty(shape, dtype, order)
+    if template.dtype.hasobject:
+        raise ShmQueueSerializationError(f"an array of {template.dtype} holds objects and can't be reserved; put it")
+    buffers: list[pickle.PickleBuffer] = []
+    pickled = pickle.dumps(template, 5, buffer_callback=buffers.append)
+    head = _joined_apart(pickled, [buffer.raw() for buffer in buffers]).parts[0]
+    return ArrayLayout(head, template)
 
 
 def again(method: int, payload: bytes | memoryview, phase: int) -> Encoded:

@@ -10,16 +10,13 @@ do meanwhile doesn't.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import dataclasses
 import glob
 import importlib
 import json
 import math
 import mmap
-import multiprocessing
 import os
-import platform
 import queue as stdlib_queue
 import random
 import secrets
@@ -37,6 +34,7 @@ from typing import Any, NoReturn
 
 from . import names
 from .exceptions import ShmQueueException
+from .processes import FORK, Progress, machine, number_from, when_parent_dies
 from .queue import ShmQueue
 
 __all__ = ["Contender", "Ledger", "Notes", "Options", "Report", "Shm", "Storm", "add_command"]
@@ -60,13 +58,9 @@ reads its ``/proc/<pid>/environ``, as ``ps`` and the like do, holds its memory, 
 FREEZE_S = 0.02
 """Seconds that a worker is stopped, at most."""
 
-MOST = 10**12
-"""Of anything that is asked for."""
-
 MOST_WORKERS = 500
 """512 handles may share a queue."""
 
-FORK = multiprocessing.get_context("fork")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -453,17 +447,9 @@ def _run_worker(parent: int, contender: Contender, work: Work, job: Job, complai
 def _obey(parent: int) -> None:
     """Die with the parent, however it dies; leave Ctrl-C and the first turn on a CPU to it. Signals are blocked yet."""
     os.nice(5)
-    _when_parent_dies(parent, signal.SIGKILL)
+    when_parent_dies(parent, signal.SIGKILL)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
-
-
-def _when_parent_dies(parent: int, number: int) -> None:
-    """Have the kernel send this process a signal then."""
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, number)
-    if os.getppid() != parent:  # too late
-        os._exit(1)
 
 
 class Witness:
@@ -513,7 +499,7 @@ def _run_witness(parent: int, contender: Contender, _: Work, job: Job, orders: C
         queue = contender.open()
         if contender.is_named:
             contender.remove_on_sigterm(queue)
-            _when_parent_dies(parent, signal.SIGTERM)
+            when_parent_dies(parent, signal.SIGTERM)
         witness = Witness(queue, job)
         while (order := orders.recv())[0] != "leave":
             try:
@@ -890,7 +876,7 @@ class Storm:
             verdict=self._problems[0][0] if self._problems else "passed",
             faults=[what for _, what in self._problems],
             queue=self._contender.label,
-            machine=_machine(),
+            machine=machine(),
             options=self._options,
             kills=self.kills,
             killed_consumers=self._killed_consumers,
@@ -922,13 +908,6 @@ def _signals_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _machine() -> str:
-    model = platform.machine()
-    with suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as lines:
-        model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), model)
-    return f"{model}, {len(os.sched_getaffinity(0))} CPUs, Python {platform.python_version()}"
-
-
 # ---- the command
 
 DESCRIPTION = """\
@@ -957,12 +936,12 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         allow_abbrev=False,
     )
     add, default = parser.add_argument, Options()
-    some, any_number = _number(int, 1), _number(int, 0)
+    some, any_number = number_from(int, 1), number_from(int, 0)
     add("--producers", type=some, default=default.producers, metavar="N", help="default: %(default)s")
     add("--consumers", type=some, default=default.consumers, metavar="N", help="default: %(default)s")
     add("--kills", type=some, default=default.kills, metavar="N", help="SIGKILLs; default: %(default)s")
     add(
-        "--every", type=_number(float, 0), default=default.every_s * 1000, metavar="MS",
+        "--every", type=number_from(float, 0), default=default.every_s * 1000, metavar="MS",
         help="longest pause between two kills, at random from 0 on; default: %(default)g",
     )  # fmt: skip
     add("--stops", type=any_number, metavar="N", help="SIGSTOPs; default: a tenth of the kills")
@@ -973,29 +952,18 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "default: %(default)s",
     )  # fmt: skip
     add(
-        "--buffer-size", type=_number(int, 4096), default=default.buffer_size, metavar="BYTES",
+        "--buffer-size", type=number_from(int, 4096), default=default.buffer_size, metavar="BYTES",
         help="room for what isn't kept waiting; an item takes a quarter at most; default: %(default)s",
     )  # fmt: skip
     add("--seed", type=int, metavar="N", help="same seed, same decisions; default: a random one")
     add(
-        "--timeout", type=_number(float, 0.001), default=default.timeout_s, metavar="S",
+        "--timeout", type=number_from(float, 0.001), default=default.timeout_s, metavar="S",
         help="a longer recovery ends the storm as 'wedged'; default: %(default)g",
     )  # fmt: skip
     add("--against", choices=sorted(AGAINST), help="try this queue instead")
     add("--json", action="store_true", help="report in JSON")
     add("--verbose", action="store_true", help="tell how far it is, each second, also where there is no terminal")
     parser.set_defaults(run=lambda arguments: _run_command(parser, arguments))
-
-
-def _number(kind: type[int] | type[float], least: float) -> Callable[[str], float]:
-    def parse(text: str) -> float:
-        value = kind(text)
-        if not least <= value <= MOST:
-            raise argparse.ArgumentTypeError(f"{text} is no number from {least:g} to {MOST:,}")
-        return value
-
-    parse.__name__ = kind.__name__  # for argparse's messages
-    return parse
 
 
 def _run_command(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
@@ -1037,24 +1005,3 @@ def _run_command(parser: argparse.ArgumentParser, arguments: argparse.Namespace)
     progress.clear()
     print(json.dumps(dataclasses.asdict(report), indent=2) if arguments.json else report)
     return 0 if report.is_passed or arguments.against else 1
-
-
-class Progress:
-    """Shows a line on stderr: rewritten on a terminal; elsewhere, if that is wanted, a new one each second."""
-
-    def __init__(self, is_wanted: bool) -> None:
-        self._is_terminal = sys.stderr.isatty()
-        self._is_wanted = is_wanted or self._is_terminal
-        self._next = 0.0
-
-    def __call__(self, line: str) -> None:
-        now = time.monotonic()
-        if self._is_wanted and now >= self._next:
-            self._next = now + (0.1 if self._is_terminal else 1.0)
-            sys.stderr.write(f"\r\x1b[K{line}" if self._is_terminal else f"{line}\n")
-            sys.stderr.flush()
-
-    def clear(self) -> None:
-        if self._is_terminal:
-            sys.stderr.write("\r\x1b[K")
-            sys.stderr.flush()

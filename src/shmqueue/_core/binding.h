@@ -50,22 +50,39 @@ size_t codec_is_bytes(const struct shmq_in *in);
 /* The object of a payload that codec_copy() made. */
 PyObject *codec_decode(struct handle *self, uint32_t method, uint32_t phase, PyObject *payload);
 
+/* The bytes of a record in hand (memory.c), reserved or claimed. It holds the handle until it is over and nobody has a
+ * view of it. */
+struct memory {
+    PyObject_HEAD struct handle *handle;
+    struct shmq_in in; /* in.hand < 0: let go of */
+    uint64_t process;  /* whose it is; in a forked child ending it does nothing */
+    Py_ssize_t exports;
+    bool is_reserved, is_over, is_done;
+};
+
+struct memory *memory_new(PyTypeObject *type, struct handle *handle, const struct shmq_in *in, bool is_reserved);
+
+/* It's over: commit or release it (done), abandon it or give it back, as soon as nobody has a view of it. */
+void memory_end(struct memory *memory, bool is_done);
+
 /* An item that is claimed (lease.c): it stays in the queue until it is released or given back. */
 struct lease {
     PyObject_HEAD struct handle *handle;
     PyObject *item;   /* NULL while it isn't decoded */
     struct shmq_in in; /* in.hand < 0: the lease is over */
     uint64_t process; /* whose claim it is; in a forked child ending it does nothing */
+    struct memory *memory; /* what the item is a view of, and then the claim's holder; NULL for a copy */
 };
 
 void lease_end(struct lease *lease, bool is_done);
 void handle_end_hand(struct handle *self, const struct shmq_in *in, bool is_done);
+void handle_end_reservation(struct handle *self, const struct shmq_in *room, bool is_done);
 
 struct module_state {
-    PyTypeObject *lease_type;
+    PyTypeObject *lease_type, *memory_type;
 };
 
-extern PyType_Spec handle_spec, lease_spec;
+extern PyType_Spec handle_spec, lease_spec, memory_spec;
 
 /* Functions of the module; their argument is a dict of weak references to handles. */
 PyObject *handles_before_fork(PyObject *module, PyObject *handles);

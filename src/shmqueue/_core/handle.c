@@ -11,6 +11,7 @@
 #define ATTACH_NS UINT64_C(5000000000) /* and attaching for others that attach or detach */
 
 #define NO_ITEM -1
+#define SIZE_HEADER 8 /* bytes that a record takes beside its payload */
 
 /* size: bytes that a put needs, 0 for a get, NO_ITEM for anything else. */
 SHMQ_COLD static PyObject *fail(struct handle *self, int status, int64_t size, PyObject *timeout)
@@ -405,6 +406,16 @@ void handle_end_hand(struct handle *self, const struct shmq_in *in, bool is_done
     let_go(self);
 }
 
+/* Let go of a reservation. */
+void handle_end_reservation(struct handle *self, const struct shmq_in *room, bool is_done)
+{
+    if (is_done)
+        shmq_commit(self->q, room);
+    else
+        shmq_abandon(self->q, room);
+    let_go(self);
+}
+
 /* The object of a record that is still where it was put, in the ring or on the heap. */
 SHMQ_COLD static PyObject *to_object(struct handle *self, struct shmq_in *in)
 {
@@ -676,20 +687,46 @@ static int bury(struct handle *self, struct lease *lease)
     return done != NULL ? 0 : -1;
 }
 
+/* The object of a claimed record, over the record itself: bytes are a view of it, large buffers are, all else is decoded
+ * from it. */
+static PyObject *to_object_in_place(struct handle *self, struct memory *memory)
+{
+    size_t head = codec_is_bytes(&memory->in);
+    PyObject *object = NULL, *payload = PyMemoryView_FromObject((PyObject *)memory);
+    if (payload != NULL && head > 0)
+        object = PySequence_GetSlice(payload, (Py_ssize_t)head, (Py_ssize_t)memory->in.len);
+    else if (payload != NULL)
+        object = codec_decode(self, memory->in.method, memory->in.phase, payload);
+    Py_XDECREF(payload);
+    return object;
+}
+
+/* How a lease is wanted. */
+struct lease_options {
+    Py_ssize_t max_deliveries; /* 0: any number */
+    PyTypeObject *memory_type; /* of an item that is to be a view; NULL: a copy is wanted */
+};
+
 /* Decode what was claimed, or refuse to: it has been handed out too often. */
-static int fill_lease(struct handle *self, struct lease *lease, Py_ssize_t max_deliveries)
+static int fill_lease(struct handle *self, struct lease *lease, const struct lease_options *options)
 {
     struct shmq_in one = lease->in;
     one.hand = -1; /* stays claimed */
-    if (max_deliveries == 0 || (Py_ssize_t)one.deliveries <= max_deliveries) {
+    if (options->max_deliveries != 0 && (Py_ssize_t)one.deliveries > options->max_deliveries)
+        return bury(self, lease);
+    if (options->memory_type == NULL) {
         lease->item = to_object(self, &one);
-        return lease->item != NULL ? 0 : -1;
+    } else {
+        lease->memory = memory_new(options->memory_type, self, &lease->in, false);
+        if (lease->memory != NULL)
+            lease->item = to_object_in_place(self, lease->memory);
     }
-    return bury(self, lease);
+    return lease->item != NULL ? 0 : -1;
 }
 
 /* One lease, or NULL with an exception. */
-static struct lease *claim(struct handle *self, struct lease *lease, const struct wait *w, Py_ssize_t max_deliveries)
+static struct lease *claim(struct handle *self, struct lease *lease, const struct wait *w,
+                           const struct lease_options *options)
 {
     uint64_t deadline = UNKNOWN;
     while (lease->item == NULL) {
@@ -701,7 +738,7 @@ static struct lease *claim(struct handle *self, struct lease *lease, const struc
             return NULL;
         }
         lease->process = shmq_process();
-        if (fill_lease(self, lease, max_deliveries) < 0) {
+        if (fill_lease(self, lease, options) < 0) {
             /* what can't be decoded is off the queue, as with get(): the error has it */
             lease_end(lease, is_undecodable());
             return NULL;
@@ -713,15 +750,20 @@ static struct lease *claim(struct handle *self, struct lease *lease, const struc
 static PyObject *handle_lease(struct handle *self, PyTypeObject *defining_class, PyObject *const *args,
                               Py_ssize_t nargs, PyObject *kwnames)
 {
-    static const char *const names[] = {"block", "timeout", "max_deliveries"};
+    static const char *const names[] = {"block", "timeout", "max_deliveries", "copy"};
     struct module_state *state = PyType_GetModuleState(defining_class);
-    PyObject *v[3];
+    struct lease_options options = {0, NULL};
+    PyObject *v[4];
     struct wait w;
-    Py_ssize_t max = 0;
-    if (parse("lease", names, 3, 0, args, nargs, kwnames, v) < 0 || parse_wait(self, v[0], v[1], &w) < 0)
+    if (parse("lease", names, 4, 0, args, nargs, kwnames, v) < 0 || parse_wait(self, v[0], v[1], &w) < 0)
         return NULL;
+    int is_copy = v[3] != NULL ? PyObject_IsTrue(v[3]) : 1;
+    if (is_copy < 0)
+        return NULL;
+    if (!is_copy)
+        options.memory_type = state->memory_type;
     if (v[2] != NULL && v[2] != Py_None) {
-        PyObject *can = (max = at_least_1(self, names[2], v[2])) < 0
+        PyObject *can = (options.max_deliveries = at_least_1(self, names[2], v[2])) < 0
                             ? NULL
                             : PyObject_CallMethod((PyObject *)self, "_must_have_dead_name", NULL);
         if (can == NULL)
@@ -738,12 +780,44 @@ static PyObject *handle_lease(struct handle *self, PyTypeObject *defining_class,
     PyObject_GC_UnTrack(lease); /* nobody finds it half made */
     lease->in.hand = -1;
     lease->handle = (struct handle *)Py_NewRef((PyObject *)self);
-    PyObject *result = (PyObject *)claim(self, lease, &w, max);
+    PyObject *result = (PyObject *)claim(self, lease, &w, &options);
     if (result == NULL)
         Py_DECREF(lease);
     else
         PyObject_GC_Track(lease);
     return result;
+}
+
+/* ---- reserve */
+
+/* _reserve(length, method, block, timeout): the memory of a reservation. */
+static PyObject *handle_reserve(struct handle *self, PyTypeObject *defining_class, PyObject *const *args,
+                                Py_ssize_t Py_UNUSED(nargs), PyObject *Py_UNUSED(kwnames))
+{
+    struct module_state *state = PyType_GetModuleState(defining_class);
+    unsigned long long len = PyLong_AsUnsignedLongLong(args[0]);
+    uint32_t method = (uint32_t)PyLong_AsUnsignedLong(args[1]);
+    struct wait w;
+    struct shmq_in room;
+    int rc;
+    if (PyErr_Occurred() || parse_wait(self, args[2], args[3], &w) < 0 || ready(self) < 0)
+        return NULL;
+    uint64_t deadline = deadline_of(&w);
+    do {
+        Py_BEGIN_ALLOW_THREADS rc = shmq_hold(self->q);
+        if (rc == SHMQ_OK) {
+            rc = shmq_reserve(self->q, len, method, &room, deadline);
+            if (rc != SHMQ_OK)
+                shmq_let_go(self->q);
+        }
+        Py_END_ALLOW_THREADS if (rc == SHMQ_INTR && PyErr_CheckSignals() < 0) return NULL;
+    } while (rc == SHMQ_INTR);
+    if (rc != SHMQ_OK)
+        return fail(self, rc, (int64_t)(len + SIZE_HEADER), w.timeout);
+    struct memory *memory = memory_new(state->memory_type, self, &room, true);
+    if (memory == NULL)
+        handle_end_reservation(self, &room, false);
+    return (PyObject *)memory;
 }
 
 /* ---- looking */
@@ -1044,6 +1118,7 @@ static PyMethodDef methods[] = {
     {"get_nowait", (PyCFunction)handle_get_nowait, METH_NOARGS, get_nowait_doc},
     {"get_many", FAST handle_get_many, KEYWORDS, get_many_doc},
     {"lease", (PyCFunction)(void (*)(void))handle_lease, METH_METHOD | KEYWORDS, lease_method_doc},
+    {"_reserve", (PyCFunction)(void (*)(void))handle_reserve, METH_METHOD | KEYWORDS, NULL},
     {"qsize", (PyCFunction)handle_qsize, METH_NOARGS, qsize_doc},
     {"empty", (PyCFunction)handle_empty, METH_NOARGS, empty_doc},
     {"full", (PyCFunction)handle_full, METH_NOARGS, full_doc},

@@ -8,8 +8,26 @@ void lease_end(struct lease *lease, bool is_done)
 {
     struct shmq_in in = lease->in;
     lease->in.hand = -1;
-    if (shmq_process() == lease->process)
+    if (lease->memory != NULL)
+        memory_end(lease->memory, is_done);
+    else if (shmq_process() == lease->process)
         handle_end_hand(lease->handle, &in, is_done);
+}
+
+/* The lease is about to end: what of the item can be made unusable is, so that its memory can be used again. */
+static int let_go_of_views(struct lease *lease)
+{
+    if (lease->memory == NULL || lease->item == NULL || lease->in.hand < 0)
+        return 0;
+    PyObject *item = PyList_New(1);
+    if (item == NULL)
+        return -1;
+    PyList_SET_ITEM(item, 0, lease->item);
+    lease->item = NULL;
+    PyObject *none = PyObject_CallMethod((PyObject *)lease->handle, "_let_go", "OO", lease->memory, item);
+    Py_DECREF(item);
+    Py_XDECREF(none);
+    return none != NULL ? 0 : -1;
 }
 
 /* Raise unless the item is still claimed, and by this process. 0, or -1 with an exception. */
@@ -27,7 +45,10 @@ static PyObject *end_now(struct lease *lease, bool is_done)
 {
     if (must_hold(lease) < 0)
         return NULL;
+    int rc = let_go_of_views(lease);
     lease_end(lease, is_done);
+    if (rc < 0)
+        return NULL;
     Py_RETURN_NONE;
 }
 
@@ -41,12 +62,17 @@ static PyObject *lease_enter(struct lease *lease, PyObject *Py_UNUSED(none))
 
 static PyObject *lease_exit(struct lease *lease, PyObject *const *args, Py_ssize_t nargs)
 {
+    int rc = let_go_of_views(lease);
     lease_end(lease, nargs > 0 && args[0] == Py_None);
+    if (rc < 0)
+        return NULL;
     Py_RETURN_NONE;
 }
 
 static PyObject *lease_item(struct lease *lease, void *Py_UNUSED(closure))
 {
+    if (lease->item == NULL && lease->memory != NULL && must_hold(lease) < 0)
+        return NULL;
     return Py_NewRef(lease->item != NULL ? lease->item : Py_None); /* none: the garbage collector cleared it */
 }
 
@@ -62,7 +88,8 @@ static PyObject *lease_is_over(struct lease *lease, void *Py_UNUSED(closure))
 
 static PyObject *lease_repr(struct lease *lease)
 {
-    return PyUnicode_FromFormat("<Lease of %R: %R, delivery %u%s>", lease->handle, lease->item, lease->in.deliveries,
+    return PyUnicode_FromFormat("<Lease of %R: %R, delivery %u%s>", lease->handle,
+                                lease->item != NULL ? lease->item : Py_None, lease->in.deliveries,
                                 lease->in.hand < 0 ? ", over" : "");
 }
 
@@ -86,6 +113,7 @@ static void lease_dealloc(struct lease *lease)
     PyTypeObject *type = Py_TYPE(lease);
     PyObject_GC_UnTrack(lease);
     lease_clear(lease);
+    Py_CLEAR(lease->memory);
     Py_CLEAR(lease->handle);
     type->tp_free(lease);
     Py_DECREF(type);

@@ -34,13 +34,15 @@ static int exec(PyObject *module)
         return -1;
     Py_DECREF(handle_type);
     state->lease_type = add_type(module, &lease_spec);
-    return state->lease_type == NULL ? -1 : add_status_codes(module);
+    state->memory_type = add_type(module, &memory_spec);
+    return state->lease_type == NULL || state->memory_type == NULL ? -1 : add_status_codes(module);
 }
 
 static int traverse(PyObject *module, visitproc visit, void *arg)
 {
     struct module_state *state = PyModule_GetState(module);
     Py_VISIT(state->lease_type);
+    Py_VISIT(state->memory_type);
     return 0;
 }
 
@@ -48,6 +50,7 @@ static int clear(PyObject *module)
 {
     struct module_state *state = PyModule_GetState(module);
     Py_CLEAR(state->lease_type);
+    Py_CLEAR(state->memory_type);
     return 0;
 }
 

@@ -1,0 +1,858 @@
+"""``shmqueue bench``: how fast queues between processes are on this machine.
+
+A ``Workload`` is what is sent and by how many, a ``Candidate`` a queue to send it through. Candidates take turns, each
+time with a queue and processes of their own, so that whatever else the machine does hits all of them: compare ratios
+of one run, never figures of two. Before the timed turns each candidate carries the workload once with every item
+compared; that turn also says how many items fill the time of the others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import dataclasses
+import importlib
+import itertools
+import json
+import mmap
+import os
+import secrets
+import shutil
+import signal
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Collection, Sequence
+from contextlib import ExitStack, suppress
+from multiprocessing.connection import Connection
+from typing import Any
+
+from . import __version__, serialization
+from .processes import FORK, Progress, machine, number_from, when_parent_dies
+from .queue import ShmQueue
+
+__all__ = [
+    "CANDIDATES", "Candidate", "Failed", "Outcome", "Port", "Unable", "Workload", "add_command", "candidates",
+    "compare", "table", "turn", "workloads",
+]  # fmt: skip
+
+LIMIT_S = 60.0
+"""Seconds that one turn may take."""
+
+FIRST_COUNT = 2_000
+"""Items of the turn that compares them, of each producer; of frames a hundredth."""
+
+ROOM = 1 << 20
+"""Bytes for waiting items, where a candidate lets its user choose; and at least those of four items."""
+
+PACED_S = 0.002
+
+
+# ---- what is sent, and by how many
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """Items sent through one queue; or, with ``pause_s``, one item sent to and fro through two."""
+
+    name: str
+    item: Any
+    producers: int = 1
+    consumers: int = 1
+    """0: the one process puts and gets."""
+
+    batch: int = 1
+    """Items of one put_many or get_many; 1: put and get."""
+
+    pause_s: float | None = None
+    """Seconds between two round trips."""
+
+    bytes_read: bool = False
+    """Consumers read the payload, every byte of it."""
+
+    size: int = 0
+    """Bytes of a frame."""
+
+    only: str = ""
+    """The only candidate that can do it, if there is just one."""
+
+    @property
+    def is_ping_pong(self) -> bool:
+        return self.pause_s is not None
+
+    @property
+    def room(self) -> int:
+        """Bytes for waiting items."""
+        return max(ROOM, 4 * (self.size + 4096))
+
+
+DICT = {"id": 1, "v": 1.5, "name": "sensor"}
+TUPLE = (1, 2, 3, 4, 5)
+FRAME_SHAPE = (1080, 1920, 3)
+
+
+def frame(*shape: int) -> Any:
+    """A frame of bytes that aren't all alike."""
+    numpy = importlib.import_module("numpy")
+    return numpy.arange(int(numpy.prod(shape)), dtype=numpy.uint32).astype(numpy.uint8).reshape(shape)
+
+
+def in_place(image: Any) -> Workload:
+    """Frames that are neither written nor copied nor read."""
+    size = f"{image.nbytes // 1024}KiB"
+    return Workload(f"frame-in-place-{size}", image, size=image.nbytes, only="shmqueue, reserve_array")
+
+
+def workloads() -> dict[str, Workload]:
+    """The usual ones, by name; those of frames where numpy is installed."""
+    found = [
+        Workload("dict-1:1", DICT),
+        Workload("bytes-1:1", bytes(range(100))),
+        Workload("dict-4:4", DICT, 4, 4),
+        Workload("dict-1:1-batch", DICT, batch=100),
+        Workload("dict-alone", DICT, consumers=0),
+        Workload("ping-pong", DICT, pause_s=0.0),
+        Workload("ping-pong-paced", DICT, pause_s=PACED_S),
+    ]
+    with suppress(ModuleNotFoundError):
+        image = frame(*FRAME_SHAPE)
+        found.append(Workload("frame-1:1", image, size=image.nbytes))
+        found.append(Workload("frame-read-1:1", image, size=image.nbytes, bytes_read=True))
+        found += [in_place(frame(*shape)) for shape in ((65536,), FRAME_SHAPE)]
+    return {workload.name: workload for workload in found}
+
+
+# ---- the queues
+
+
+@dataclasses.dataclass(frozen=True)
+class Port:
+    """A queue as one worker uses it."""
+
+    put: Callable[[Any], Any]
+    get: Callable[[], Any]
+    put_many: Callable[[Sequence[Any]], Any] | None = None
+    get_many: Callable[[int], Sequence[Any]] | None = None
+    close: Callable[[], Any] = lambda: None
+
+
+class Candidate:
+    """A queue to measure: made here, opened by each worker. This base is for queues that are inherited by fork."""
+
+    is_checked = False
+    """Whether each item will be compared."""
+
+    def __init__(self, workload: Workload) -> None:
+        self.workload = workload
+
+    def open(self, number: int, is_producer: bool) -> Port:
+        """The port of producer or consumer ``number``. Called in that worker."""
+        raise NotImplementedError
+
+    def remove(self) -> None:
+        """Leave nothing behind."""
+
+
+class Unable(Exception):
+    """This candidate can't do this workload."""
+
+
+class Shm(Candidate):
+    """A ``ShmQueue``, opened by name."""
+
+    def __init__(self, workload: Workload) -> None:
+        super().__init__(workload)
+        self._name = f"bench-{os.getpid()}-{secrets.token_hex(4)}"
+        self._queue = ShmQueue[Any](self._name, buffer_size=workload.room)
+
+    def open(self, number: int, is_producer: bool) -> Port:
+        queue = ShmQueue[Any](self._name)
+        return Port(queue.put, queue.get, queue.put_many, queue.get_many, queue.shutdown)
+
+    def remove(self) -> None:
+        self._queue.shutdown()
+
+
+class ShmLease(Shm):
+    """The same; items are leased and not copied."""
+
+    def open(self, number: int, is_producer: bool) -> Port:
+        port = super().open(number, is_producer)
+        queue = ShmQueue[Any](self._name)
+        held: list[Any] = []
+
+        def get() -> Any:
+            while held:
+                held.pop().release()
+            held.append(queue.lease(copy=False))
+            return held[0].item
+
+        return dataclasses.replace(port, get=get)
+
+
+class ShmInPlace(ShmLease):
+    """The same; frames are also made in the queue, so that nothing is copied at all. Nothing is written either, but in
+    the turn that is checked: how long a frame takes to make is the user's affair."""
+
+    def open(self, number: int, is_producer: bool) -> Port:
+        queue, is_checked = ShmQueue[Any](self._name), self.is_checked
+
+        def put(item: Any) -> None:
+            with queue.reserve_array(item.shape, item.dtype) as array:
+                if is_checked:
+                    array[...] = item
+
+        return dataclasses.replace(super().open(number, is_producer), put=put)
+
+
+class Memcpy(Candidate):
+    """No queue but the limit of any: frames copied into shared memory and out of it. Who waits spins."""
+
+    SLOTS = 4
+    in_place = False
+
+    def __init__(self, workload: Workload) -> None:
+        super().__init__(workload)
+        if not workload.size or workload.producers != 1 or workload.consumers != 1:
+            raise Unable("frames from one to one")
+        numpy = importlib.import_module("numpy")
+        item = workload.item
+        self._memory = mmap.mmap(-1, 4096 + self.SLOTS * workload.size)
+        self._counts = numpy.frombuffer(self._memory, "u8", 16)  # [0]: put, [8]: got
+        self._slots = [
+            numpy.frombuffer(self._memory, item.dtype, item.size, 4096 + i * workload.size).reshape(item.shape)
+            for i in range(self.SLOTS)
+        ]
+        self._copy = numpy.copyto
+        self._out = numpy.empty_like(item)
+
+    def open(self, number: int, is_producer: bool) -> Port:
+        counts, slots, copy, out = self._counts, self._slots, self._copy, self._out
+        n, in_place = self.SLOTS, self.in_place
+        out[:] = 0
+
+        def put(item: Any) -> None:
+            done = int(counts[0])
+            while done - int(counts[8]) >= n - 1:
+                pass
+            copy(slots[done % n], item)
+            counts[0] = done + 1
+
+        def get() -> Any:
+            done = int(counts[8])
+            while int(counts[0]) == done:
+                pass
+            if not in_place:
+                copy(out, slots[done % n])
+            counts[8] = done + 1  # in place, the producer still keeps off it: it leaves one slot free
+            return slots[done % n] if in_place else out
+
+        return Port(put, get)
+
+
+class MemcpyIn(Memcpy):
+    """The same, read where they are."""
+
+    in_place = True
+
+
+class Stdlib(Candidate):
+    """``multiprocessing.Queue``, which pickles."""
+
+    def __init__(self, workload: Workload) -> None:
+        super().__init__(workload)
+        self._queue = FORK.Queue(10_000)
+
+    def open(self, number: int, is_producer: bool) -> Port:
+        def close() -> None:
+            self._queue.close()
+            self._queue.join_thread()
+
+        return Port(self._queue.put, self._queue.get, close=close)
+
+    def remove(self) -> None:
+        self._queue.close()
+
+
+class FasterFifo(Candidate):
+    """faster-fifo, which pickles."""
+
+    def __init__(self, workload: Workload) -> None:
+        super().__init__(workload)
+        self._queue = importlib.import_module("faster_fifo").Queue(max_size_bytes=workload.room)
+
+    def open(self, number: int, is_producer: bool) -> Port:
+        queue = self._queue
+
+        def put(item: Any) -> None:
+            queue.put(item, timeout=LIMIT_S)
+
+        def get() -> Any:
+            return queue.get(timeout=LIMIT_S)
+
+        def put_many(items: Sequence[Any]) -> None:
+            queue.put_many(items, timeout=LIMIT_S)
+
+        def get_many(most: int) -> Any:
+            return queue.get_many(timeout=LIMIT_S, max_messages_to_get=most)
+
+        return Port(put, get, put_many, get_many)
+
+    def remove(self) -> None:
+        self._queue.close()
+
+
+class _Bytes(Candidate):
+    """A queue of bytes: what isn't bytes is packed as a ``ShmQueue`` does, frames go as they are."""
+
+    def __init__(self, workload: Workload) -> None:
+        super().__init__(workload)
+        item = workload.item
+        packb, option, self.unpack = serialization.fast_codec(False)
+        self.pack: Callable[[Any], Any] = lambda item: packb(item, None, option)
+        if isinstance(item, bytes):
+            self.pack = self.unpack = bytes
+        elif workload.size:
+            numpy = importlib.import_module("numpy")
+            self.pack = lambda item: item.data.cast("B")
+            self.unpack = lambda got: numpy.frombuffer(got, dtype=item.dtype).reshape(item.shape)
+
+
+class HyperQ(_Bytes):
+    """hyperq, whose queues of bytes are faster than its queues of objects."""
+
+    def __init__(self, workload: Workload) -> None:
+        super().__init__(workload)
+        self._open = importlib.import_module("hyperq").BytesHyperQ
+        self._queue = self._open(workload.room, name=f"bench-{os.getpid()}-{secrets.token_hex(4)}")
+
+    def open(self, number: int, is_producer: bool) -> Port:
+        queue, pack, unpack = self._open(self._queue.shm_name), self.pack, self.unpack
+        if isinstance(self.workload.item, bytes):
+            return Port(queue.put, queue.get)
+        if self.workload.size:
+            return Port(lambda item: queue.put(item.tobytes()), lambda: unpack(queue.get()))
+        return Port(lambda item: queue.put(pack(item)), lambda: unpack(queue.get()))
+
+
+class ZeroMQ(_Bytes):
+    """pyzmq over ipc. Each producer has a socket for each consumer and uses them in turn."""
+
+    def __init__(self, workload: Workload) -> None:
+        super().__init__(workload)
+        self._zmq = importlib.import_module("zmq")
+        self._directory = tempfile.mkdtemp(prefix="shmqueue-bench-")
+
+    def open(self, number: int, is_producer: bool) -> Port:
+        context = self._zmq.Context()
+        consumers = max(1, self.workload.consumers)
+        addresses = [f"ipc://{self._directory}/{i}" for i in range(consumers)]
+        pull = context.socket(self._zmq.PULL)
+        if not is_producer or not self.workload.consumers:
+            pull.bind(addresses[number])
+        pushes = [context.socket(self._zmq.PUSH) for _ in addresses]
+        if is_producer:
+            for push, address in zip(pushes, addresses, strict=True):
+                push.connect(address)
+        turns = itertools.cycle(pushes)
+        pack, unpack = self.pack, self.unpack
+        is_copied = not self.workload.size
+
+        def put(item: Any) -> None:
+            next(turns).send(pack(item), copy=is_copied)
+
+        def get() -> Any:
+            return unpack(pull.recv(copy=is_copied) if is_copied else pull.recv(copy=False).buffer)
+
+        def put_many(items: Sequence[Any]) -> None:
+            next(turns).send_multipart([pack(item) for item in items])
+
+        def get_many(_: int) -> Any:
+            return [unpack(got) for got in pull.recv_multipart()]
+
+        is_batched = self.workload.batch > 1
+        return Port(put, get, put_many if is_batched else None, get_many if is_batched else None, context.destroy)
+
+    def remove(self) -> None:
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+
+class Iceoryx2(_Bytes):
+    """iceoryx2's publish and subscribe, made to lose nothing; who waits spins. It has no queue for many consumers."""
+
+    in_place = False
+
+    def __init__(self, workload: Workload) -> None:
+        super().__init__(workload)
+        if workload.producers != 1 or workload.consumers > 1:
+            raise Unable("one publisher, one subscriber")
+        self._iox = importlib.import_module("iceoryx2")
+        self._name = f"bench-{os.getpid()}-{secrets.token_hex(4)}"
+        self._largest = max(workload.size, 256)
+        self._kept: list[Any] = []
+
+    def open(self, number: int, is_producer: bool) -> Port:
+        iox = self._iox
+        iox.set_log_level(iox.LogLevel.Fatal)
+        off = iox.SignalHandlingMode.Disabled
+        node = iox.NodeBuilder.new().signal_handling_mode(off).create(iox.ServiceType.Ipc)
+        depth = max(4, min(1000, self.workload.room // self._largest))
+        service = (
+            node.service_builder(iox.ServiceName.new(self._name))
+            .publish_subscribe(iox.Slice[ctypes.c_uint8])
+            .enable_safe_overflow(False)
+            .subscriber_max_buffer_size(depth)
+            .open_or_create()
+        )
+        strategy = iox.BackpressureStrategy.RetryUntilDelivered
+        publisher: Any = None
+        subscriber: Any = None
+        if not is_producer or not self.workload.consumers:
+            subscriber = service.subscriber_builder().create()
+        if is_producer:
+            publisher = (
+                service.publisher_builder().initial_max_slice_len(self._largest).backpressure_strategy(strategy).create()
+            )
+        self._kept = [node, service, publisher, subscriber]
+        pack, unpack, in_place = self.pack, self.unpack, self.in_place
+
+        def put(item: Any) -> None:
+            data = pack(item)
+            sample = publisher.loan_slice_uninit(len(data))
+            source = item.ctypes.data if self.workload.size else data
+            ctypes.memmove(sample.payload_ptr, source, len(data))
+            sample.assume_init().send()
+
+        def get() -> Any:
+            while (sample := subscriber.receive()) is None:
+                pass
+            payload = sample.payload()
+            if in_place:
+                got = unpack((ctypes.c_uint8 * payload.len()).from_address(sample.payload_ptr))
+                self._kept.append(sample)
+                if len(self._kept) > 5:
+                    self._kept.pop(4).delete()
+                return got
+            got = unpack(ctypes.string_at(sample.payload_ptr, payload.len()))
+            sample.delete()
+            return got
+
+        return Port(put, get)
+
+
+class Iceoryx2InPlace(Iceoryx2):
+    """The same, frames read where they are."""
+
+    in_place = True
+
+
+CANDIDATES: dict[str, Callable[[Workload], Candidate]] = {
+    "shmqueue": Shm,
+    "multiprocessing.Queue": Stdlib,
+    "faster-fifo": FasterFifo,
+    "hyperq": HyperQ,
+    "pyzmq": ZeroMQ,
+    "iceoryx2": Iceoryx2,
+}
+"""Makers by label. They raise ``ModuleNotFoundError`` for what isn't installed, ``Unable`` for what can't be done."""
+
+FOR_FRAMES: dict[str, Callable[[Workload], Candidate]] = {
+    "shmqueue, lease(copy=False)": ShmLease,
+    "iceoryx2, in place": Iceoryx2InPlace,
+    "(copied in and out)": Memcpy,
+    "(copied in)": MemcpyIn,
+}
+"""More of them."""
+
+
+def candidates(workload: Workload, wanted: Collection[str] = CANDIDATES) -> dict[str, Callable[[Workload], Candidate]]:
+    """Who does this workload, of those wanted and their variants; the limits always do."""
+    if workload.only:
+        return {workload.only: ShmInPlace}
+    makers = CANDIDATES | FOR_FRAMES if workload.size else CANDIDATES
+    return {label: make for label, make in makers.items() if label[0] == "(" or label.partition(", ")[0] in wanted}
+
+
+# ---- one turn
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What one turn gave."""
+
+    items: int
+    seconds: float
+    """From the first worker's start to the last one's end."""
+
+    cpu_seconds: float
+    """Of all workers, between the same two."""
+
+    round_trips: tuple[float, ...] = ()
+    """Seconds of each, sorted."""
+
+    @property
+    def rate(self) -> float:
+        """Items per second."""
+        return self.items / self.seconds
+
+    def percentile(self, part: float) -> float:
+        """Seconds that ``part`` of the round trips took at most."""
+        return self.round_trips[min(len(self.round_trips) - 1, int(part * len(self.round_trips)))]
+
+
+class Failed(Exception):
+    """A turn didn't end as it should."""
+
+
+Work = Callable[[Port], Any]
+
+
+def _produce(workload: Workload, count: int) -> Work:
+    item, batch = workload.item, [workload.item] * workload.batch
+
+    def work(port: Port) -> None:
+        put = port.put
+        if len(batch) == 1 or port.put_many is None:
+            for _ in itertools.repeat(None, count):
+                put(item)
+            return
+        for _ in itertools.repeat(None, count // len(batch)):
+            port.put_many(batch)
+
+    return work
+
+
+def read(data: Any) -> None:
+    """Read every byte of an array."""
+    data.reshape(-1).view("u8").max()
+
+
+def _consume(workload: Workload, count: int, is_checked: bool) -> Work:
+    same = _same(workload)
+
+    def work(port: Port) -> None:
+        get, get_many = port.get, port.get_many
+        if workload.batch > 1 and get_many is not None:
+            left = count
+            while left:
+                got = get_many(min(left, workload.batch))
+                left -= len(got)
+                if is_checked:
+                    for item in got:
+                        same(item)
+        elif is_checked:
+            for _ in itertools.repeat(None, count):
+                same(get())
+        elif workload.bytes_read:
+            for _ in itertools.repeat(None, count):
+                read(get())
+        else:
+            for _ in itertools.repeat(None, count):
+                get()
+
+    return work
+
+
+def _alone(workload: Workload, count: int, is_checked: bool) -> Work:
+    item, same = workload.item, _same(workload)
+
+    def work(port: Port) -> None:
+        put, get = port.put, port.get
+        if is_checked:
+            for _ in itertools.repeat(None, count):
+                put(item)
+                same(get())
+            return
+        for _ in itertools.repeat(None, count):
+            put(item)
+            get()
+
+    return work
+
+
+def _same(workload: Workload) -> Callable[[Any], None]:
+    """A function that raises unless it is given the workload's item; a list will do for a tuple."""
+    item = workload.item
+    is_tuple = isinstance(item, tuple)
+    expected: Any = list(item) if is_tuple else item
+    to_compare: Callable[[Any], Any] = list if is_tuple else lambda got: got
+    if workload.size:
+        expected = item.tobytes()
+        to_compare = lambda got: got.tobytes()  # noqa: E731
+
+    def same(got: Any) -> None:
+        if to_compare(got) != expected:
+            raise Failed(f"another item arrived: {got!r:.200}")
+
+    return same
+
+
+def _ping(workload: Workload, count: int, back: Candidate) -> Work:
+    def work(port: Port) -> list[float]:
+        there, get, item, now = port.put, back.open(0, is_producer=False).get, workload.item, time.perf_counter
+        seconds = []
+        for _ in itertools.repeat(None, count):
+            if workload.pause_s:
+                time.sleep(workload.pause_s)
+            start = now()
+            there(item)
+            get()
+            seconds.append(now() - start)
+        return seconds
+
+    return work
+
+
+def _pong(count: int, back: Candidate) -> Work:
+    def work(port: Port) -> None:
+        get, put = port.get, back.open(0, is_producer=True).put
+        for _ in itertools.repeat(None, count):
+            put(get())
+
+    return work
+
+
+def turn(make: Callable[[Workload], Candidate], workload: Workload, count: int, is_checked: bool = False) -> Outcome:
+    """Send ``count`` items, or make as many round trips, with processes and a queue of their own.
+
+    The workers of a ping-pong each have a CPU of their own where there are two; others run where the system puts them.
+
+    Args:
+        make: Makes the candidate.
+        workload: What to send.
+        count: Items in all; rounded so that each worker has the same share, and a whole number of batches.
+        is_checked: Compare each item.
+
+    Raises:
+        Failed: A worker failed, or the turn took more than ``LIMIT_S``.
+        Unable: The candidate can't do this.
+        ModuleNotFoundError: The candidate isn't installed.
+    """
+    share = workload.producers * max(1, workload.consumers) * workload.batch
+    count = max(1, round(count / share)) * share
+    with ExitStack() as stack:
+
+        def made() -> Candidate:
+            candidate = make(workload)
+            candidate.is_checked = is_checked
+            stack.callback(candidate.remove)
+            return candidate
+
+        candidate = made()
+        works: list[tuple[Work, int, bool]]
+        cpus: list[int] = []
+        if workload.is_ping_pong:
+            back = made()
+            works = [(_ping(workload, count, back), 0, True), (_pong(count, back), 0, False)]
+            cpus = sorted(os.sched_getaffinity(0))[:2]
+        elif workload.consumers == 0:
+            works = [(_alone(workload, count, is_checked), 0, True)]
+        else:
+            put = _produce(workload, count // workload.producers)
+            get = _consume(workload, count // workload.consumers, is_checked)
+            works = [(get, i, False) for i in range(workload.consumers)]
+            works += [(put, i, True) for i in range(workload.producers)]
+        return _run(candidate, works, count, cpus)
+
+
+def _run(candidate: Candidate, works: list[tuple[Work, int, bool]], count: int, cpus: list[int]) -> Outcome:
+    barrier = FORK.Barrier(len(works))
+    workers = []
+    deadline = time.monotonic() + LIMIT_S
+    try:
+        for i, (work, number, is_producer) in enumerate(works):
+            ours, theirs = FORK.Pipe(duplex=False)
+            cpu = cpus[i % len(cpus)] if cpus else None
+            arguments = (os.getpid(), candidate, work, number, is_producer, cpu, barrier, theirs)
+            process = FORK.Process(target=_run_worker, args=arguments, daemon=True)
+            process.start()
+            theirs.close()
+            workers.append((process, ours))
+        reports = [_report(connection, deadline) for _, connection in workers]
+        for process, _ in workers:
+            process.join(max(0.0, deadline - time.monotonic()))
+    finally:
+        for process, connection in workers:
+            if process.is_alive():
+                process.kill()
+            process.join()
+            connection.close()
+    seconds = max(end for _, end, _, _ in reports) - min(start for start, _, _, _ in reports)
+    trips = sorted(trip for *_, result in reports for trip in result or ())
+    return Outcome(count, seconds, sum(cpu for _, _, cpu, _ in reports), tuple(trips))
+
+
+def _report(connection: Connection, deadline: float) -> tuple[float, float, float, Any]:
+    if not connection.poll(max(0.0, deadline - time.monotonic())):
+        raise Failed(f"not done after {LIMIT_S:g} s")
+    try:
+        error, *report = connection.recv()
+    except EOFError:
+        raise Failed("a worker died") from None
+    if error:
+        raise Failed(error)
+    start, end, cpu, result = report
+    return start, end, cpu, result
+
+
+def _run_worker(
+    parent: int, candidate: Candidate, work: Work, number: int, is_producer: bool, cpu: int | None, barrier: Any,
+    to_parent: Connection,
+) -> None:  # fmt: skip
+    when_parent_dies(parent, signal.SIGKILL)
+    if cpu is not None:
+        os.sched_setaffinity(0, [cpu])
+    try:
+        port = candidate.open(number, is_producer)
+        barrier.wait(LIMIT_S)
+        start, cpu_start = time.monotonic(), time.process_time()
+        result = work(port)
+        end, cpu_end = time.monotonic(), time.process_time()
+        to_parent.send((None, start, end, cpu_end - cpu_start, result))
+        port.close()
+    except Exception as error:
+        barrier.abort()
+        to_parent.send((f"{error!r:.300}",))
+        to_parent.close()
+        os._exit(1)
+
+
+# ---- turns
+
+
+def compare(
+    workload: Workload,
+    makers: dict[str, Callable[[Workload], Candidate]],
+    turns: int,
+    seconds: float,
+    progress: Callable[[str], None] = lambda line: None,
+) -> tuple[dict[str, list[Outcome]], dict[str, str]]:
+    """Measure candidates in turn.
+
+    Args:
+        workload: What to send.
+        makers: Candidates by label.
+        turns: Turns of each, after the one that compares items.
+        seconds: What a turn should take, about.
+        progress: Is told how far it is.
+
+    Returns:
+        The outcomes of each candidate that could do it, and why each of the others couldn't.
+    """
+    counts: dict[str, int] = {}
+    outcomes: dict[str, list[Outcome]] = {}
+    failures: dict[str, str] = {}
+
+    def attempt(label: str, count: int, is_checked: bool) -> Outcome | None:
+        try:
+            return turn(makers[label], workload, count, is_checked)
+        except (Failed, Unable, ModuleNotFoundError, OSError) as error:
+            failures[label] = str(error)
+            outcomes.pop(label, None)
+            return None
+
+    first = FIRST_COUNT * workload.producers * workload.batch ** 0.5
+    if workload.size or workload.is_ping_pong:
+        first = FIRST_COUNT / 20
+    for label in makers:
+        progress(f"{workload.name}: {label}, every item compared")
+        if (outcome := attempt(label, int(first), is_checked=True)) is not None:
+            counts[label] = max(10, int(outcome.rate * seconds))
+            outcomes[label] = []
+    for i in range(turns):
+        for label in list(outcomes):
+            progress(f"{workload.name}: {label}, turn {i + 1} of {turns}")
+            if (outcome := attempt(label, counts[label], is_checked=False)) is not None:
+                outcomes[label].append(outcome)
+                counts[label] = max(10, int(outcome.rate * seconds))
+    return outcomes, failures
+
+
+
+# ---- the command
+
+DESCRIPTION = """\
+Measure queues between processes on this machine, in turn: shmqueue and those others that are installed
+(pip install 'shmqueue[bench]' brings them). Each turn has processes and a queue of its own. Shown are medians
+over the turns with the spread between the slowest and the fastest, and the CPU time of all workers per item.
+Compare what one run shows; the figures of two runs may differ by more than two queues do."""
+
+EPILOG = """\
+exit code: 0, or 1 if shmqueue failed at a workload, 2 for arguments that can't do, 130 after Ctrl-C."""
+
+
+def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add ``bench`` to the subcommands of ``shmqueue``."""
+    parser = commands.add_parser(
+        "bench",
+        help="measure this and other queues on this machine",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    names = list(workloads())
+    add = parser.add_argument
+    add("workloads", nargs="*", metavar="WORKLOAD", help=f"of {', '.join(names)}; default: all")
+    add("--turns", type=number_from(int, 1), default=5, metavar="N", help="turns of each; default: %(default)s")
+    add(
+        "--seconds", type=number_from(float, 0.01), default=0.5, metavar="S",
+        help="of one turn, about; default: %(default)g",
+    )  # fmt: skip
+    add(
+        "--against", action="append", choices=[*[*CANDIDATES][1:], "none"], metavar="QUEUE",
+        help=f"only this one of {', '.join([*CANDIDATES][1:])}, or none; may be given again",
+    )  # fmt: skip
+    add("--json", action="store_true", help="print every turn, in JSON")
+    add("--verbose", action="store_true", help="tell how far it is, each second, also where there is no terminal")
+    parser.set_defaults(run=lambda arguments: _run_command(parser, arguments))
+
+
+def _run_command(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
+    known = workloads()
+    if unknown := [name for name in arguments.workloads if name not in known]:
+        parser.error(f"no workload {', '.join(unknown)}; there are {', '.join(known)}")
+    wanted = {"shmqueue", *(arguments.against or CANDIDATES)}
+    progress = Progress(arguments.verbose)
+    found: dict[str, Any] = {}
+    is_sound = True
+    try:
+        if not arguments.json:
+            print(f"shmqueue {__version__}, {machine()}; {arguments.turns} turns")
+        for name in arguments.workloads or known:
+            outcomes, failures = compare(
+                known[name], candidates(known[name], wanted), arguments.turns, arguments.seconds, progress
+            )
+            progress.clear()
+            is_sound = is_sound and not any(label.startswith("shmqueue") for label in failures)
+            if arguments.json:
+                turns = {label: [dataclasses.asdict(one) for one in turns] for label, turns in outcomes.items()}
+                found[name] = {"turns": turns, "failures": failures}
+            else:
+                print(table(known[name], outcomes, failures), flush=True)
+    except KeyboardInterrupt:
+        progress.clear()
+        print("interrupted; the workers are ended, the queues are removed", file=sys.stderr)
+        return 128 + signal.SIGINT
+    if arguments.json:
+        print(json.dumps({"version": __version__, "machine": machine(), "workloads": found}, indent=2))
+    return 0 if is_sound else 1
+
+
+def table(workload: Workload, outcomes: dict[str, list[Outcome]], failures: dict[str, str]) -> str:
+    """What ``compare`` gave, a line for each candidate."""
+    lines = [f"\n{workload.name}"]
+    for label, turns in outcomes.items():
+        cpu = statistics.median(one.cpu_seconds / one.items for one in turns)
+        if workload.is_ping_pong:
+            p50, p99 = (statistics.median(one.percentile(part) for one in turns) for part in (0.5, 0.99))
+            lines.append(f"  {label:28}{p50 * 1e6:12,.1f} us p50 {p99 * 1e6:12,.1f} us p99 {cpu * 1e6:10,.1f} us CPU")
+        else:
+            rates = [one.rate for one in turns]
+            low, middle, high = min(rates), statistics.median(rates), max(rates)
+            size = f" {middle * workload.size / 1e9:6,.2f} GB/s" if workload.size else ""
+            spread = f"({low:,.0f} to {high:,.0f})"
+            lines.append(f"  {label:28}{middle:12,.0f} items/s {spread:26}{size}{cpu * 1e6:10,.2f} us CPU")
+    lines += [f"  {label:28}{reason}" for label, reason in failures.items()]
+    return "\n".join(lines)
