@@ -22,6 +22,7 @@ from .exceptions import (
 from .queue import SIZE_HEADER, SYSTEM_PAGESIZE, ShmQueue, ShmRefDataSnapshot
 from .reflog import DebugRefLogAction
 from .serialization import SerializationMethods
+from .views import Reservation
 
 __version__ = "0.1.0"
 
@@ -30,6 +31,7 @@ __all__ = [
     "SYSTEM_PAGESIZE",
     "DebugRefLogAction",
     "Lease",
+    "Reservation",
     "SerializationMethods",
     "ShmQueue",
     "ShmQueueBufferOverflow",

@@ -345,6 +345,16 @@ class ArrayLayout(NamedTuple):
         return flat.reshape(like.shape, order="C" if like.flags.c_contiguous else "F")
 
 
+class _Reduced:
+    """Pickled as the call of a function."""
+
+    def __init__(self, function: Any, arguments: tuple[Any, ...]) -> None:
+        self._call = function, arguments
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        return self._call
+
+
 def array_layout(shape: Any, dtype: Any, order: Any) -> ArrayLayout:
     """Return the layout of an array's payload.
 
@@ -364,9 +374,11 @@ def _array_layout(shape: Any, dtype: Any, order: Any) -> ArrayLayout:
     template = numpy.empty(shape, dtype, order)
     if template.dtype.hasobject:
         raise ShmQueueSerializationError(f"an array of {template.dtype} holds objects and can't be reserved; put it")
-    buffers: list[pickle.PickleBuffer] = []
-    pickled = pickle.dumps(template, 5, buffer_callback=buffers.append)
-    head = _joined_apart(pickled, [buffer.raw() for buffer in buffers]).parts[0]
+    flat: Any = template.reshape(-1, order="A").view("u1")
+    body = pickle.PickleBuffer(flat)
+    from_buffer = flat.__reduce_ex__(5)[0]  # what numpy pickles an array as; it would copy some dtypes into the pickle
+    reduced = _Reduced(from_buffer, (body, template.dtype, template.shape, order))
+    head = _joined_apart(pickle.dumps(reduced, 5, buffer_callback=lambda _: False), [body.raw()]).parts[0]
     return ArrayLayout(head, template)
 
 

@@ -1,0 +1,523 @@
+"""Zero copy: reservations, and leases that show the ring; no view ever shows or overwrites what is somebody else's."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import msgpack
+import numpy as np
+import pytest
+
+from shmqueue import (
+    SIZE_HEADER,
+    Reservation,
+    ShmQueue,
+    ShmQueueFull,
+    ShmQueueNotInitializedError,
+    ShmQueueRuntimeError,
+    ShmQueueSerializationError,
+    ShmQueueTypeError,
+    ShmQueueValueError,
+)
+
+SIZE = 1 << 20
+IMAGE = np.arange(50_000, dtype="u4").reshape(100, 500)
+
+
+@pytest.fixture
+def q(queue_name: str) -> Iterator[ShmQueue[Any]]:
+    with ShmQueue[Any](queue_name, buffer_size=SIZE) as queue:
+        yield queue
+        assert queue.check() == []
+
+
+def is_unusable(array: Any) -> bool:
+    with pytest.raises(IndexError):
+        array[0]
+    with pytest.raises(TypeError):
+        array + 1
+    with pytest.raises(TypeError):
+        float(array)
+    return "is over" in repr(array)
+
+
+def is_released(view: memoryview) -> bool:
+    with pytest.raises(ValueError, match="released"):
+        view[0]
+    return True
+
+
+def fill(q: ShmQueue[Any]) -> None:
+    """Use all of the ring that is free, so that what was freed is somebody else's now."""
+    q.put(b"\xff" * (SIZE - q.buffer_occupancy() - SIZE_HEADER - 5))
+    assert q.full()
+
+
+# ---- reserve
+
+
+@pytest.mark.parametrize("size", [0, 1, 255, 256, 5000, 70_000])
+def test_reserved_bytes_arrive_as_put_would_have_them(q: ShmQueue[Any], size: int) -> None:
+    data = os.urandom(size)
+    with q.reserve(size) as buffer:
+        assert (len(buffer), buffer.readonly, buffer.format) == (size, False, "B")
+        buffer[:] = data
+        assert (q.qsize(), q.buffer_occupancy()) == (0, SIZE_HEADER + len(msgpack.packb(data)))
+    assert (q.qsize(), q.buffer_occupancy()) == (1, SIZE_HEADER + len(msgpack.packb(data)))
+    got = q.get_nowait()
+    assert type(got) is bytes
+    assert got == data
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "order"),
+    [
+        (3, float, "C"), ((100, 500), "u4", "C"), ([7, 5, 3], "f4", "F"), ((), "i8", "C"), ((0, 4), "u1", "C"),
+        (20_000, "M8[ns]", "C"), (5, [("a", "u1"), ("b", "f8", 3)], "C"), ((200, 200), "c16", "F"),
+    ],
+)  # fmt: skip
+def test_reserved_arrays_arrive_as_put_would_have_them(q: ShmQueue[Any], shape: Any, dtype: Any, order: Any) -> None:
+    like: Any = np.zeros(shape, dtype, order)
+    like.reshape(-1, order="A").view("u1")[:] = np.arange(like.nbytes) % 251
+    with q.reserve_array(shape, dtype, order) as array:
+        assert (array.shape, array.dtype, array.flags.f_contiguous) == (like.shape, like.dtype, like.flags.f_contiguous)
+        assert array.flags.writeable
+        assert array.flags.aligned
+        assert array.size == 0 or array.ctypes.data % 64 == 0
+        array[...] = like
+    got = q.get_nowait()
+    assert (type(got), got.dtype, got.flags.f_contiguous) == (np.ndarray, like.dtype, like.flags.f_contiguous)
+    assert got.tobytes("A") == like.tobytes("A")
+    assert q.buffer_occupancy() == 0
+
+
+def test_an_exception_abandons(q: ShmQueue[Any]) -> None:
+    for reserve in (q.reserve, q.reserve_array):
+        room = reserve(100)
+        with pytest.raises(ZeroDivisionError), room:
+            1 / 0  # noqa: B018
+        assert (q.qsize(), q.buffer_occupancy(), room.is_over) == (0, 0, True)
+
+
+def test_by_hand_and_only_once(q: ShmQueue[Any]) -> None:
+    room = q.reserve(3)
+    room.buffer[:] = b"abc"
+    assert repr(room) == f"<Reservation of queue {q.identifier!r}>"
+    assert isinstance(room, Reservation)
+    room.commit()
+    assert room.is_over
+    assert repr(room).endswith(", over>")
+    for use in (room.commit, room.abandon, room.__enter__, lambda: room.buffer):
+        with pytest.raises(ShmQueueRuntimeError, match=f"{q.identifier}.*over"):
+            use()
+    assert q.get_nowait() == b"abc"
+    q.reserve(3).abandon()
+    assert (q.qsize(), q.buffer_occupancy()) == (0, 0)
+    with q.reserve(1) as buffer, q.reserve(1) as other:
+        buffer[0], other[0] = 1, 2
+    assert q.get_many() == [b"\x01", b"\x02"]
+
+
+def test_its_place_is_that_of_the_call_and_later_items_do_not_wait(q: ShmQueue[Any]) -> None:
+    q.put("first")
+    room = q.reserve(1)
+    q.put_many(["later", "latest"])
+    assert q.get_many(2) == ["first", "later"]
+    room.buffer[0] = 7
+    room.commit()
+    assert q.get_many() == [b"\x07", "latest"]
+
+
+def test_a_forgotten_one_is_abandoned(q: ShmQueue[Any]) -> None:
+    room = q.reserve_array(100)
+    assert q.buffer_occupancy() > 0
+    del room
+    assert q.buffer_occupancy() == 0
+
+
+def test_what_cannot_be_reserved(q: ShmQueue[Any], queue_name: str) -> None:
+    with pytest.raises(ShmQueueValueError, match=f"{queue_name}.*takes"):
+        q.reserve(SIZE)
+    with pytest.raises(ShmQueueValueError, match="takes"):
+        q.reserve_array(SIZE)
+    with pytest.raises(ShmQueueValueError, match="4 GiB"):
+        q.reserve(1 << 33)
+    with pytest.raises(ShmQueueValueError, match="nbytes is -1"):
+        q.reserve(-1)
+    bad: Any = "3"
+    with pytest.raises(ShmQueueTypeError, match="nbytes"):
+        q.reserve(bad)
+    with pytest.raises(ShmQueueSerializationError, match=f"{queue_name}.*objects"):
+        q.reserve_array(3, object)
+    with pytest.raises(TypeError):
+        q.reserve_array(3, "no type")
+    with pytest.raises(ValueError, match="negative"):
+        q.reserve_array(-3)
+    with ShmQueue[Any](queue_name, allow_pickle=False) as plain:
+        with pytest.raises(ShmQueueSerializationError, match="allow_pickle"):
+            plain.reserve_array(3)
+        plain.reserve(3).abandon()
+    assert q.buffer_occupancy() == 0
+
+
+def test_timeouts_are_those_of_put(q: ShmQueue[Any]) -> None:
+    fill(q)
+    for options in ({"block": False}, {"timeout": 0}, {"timeout": 0.05}):
+        start = time.monotonic()
+        with pytest.raises(ShmQueueFull, match="no room for 111 bytes"):
+            q.reserve(101, **options)
+        assert time.monotonic() - start >= options.get("timeout", 0)
+    with pytest.raises(ValueError, match="timeout"):
+        q.reserve(1, timeout=-1)
+
+
+def test_a_waiting_one_gets_the_room_of_what_is_taken(q: ShmQueue[Any]) -> None:
+    fill(q)
+    timer = threading.Timer(0.1, q.get_nowait)
+    timer.start()
+    with q.reserve(1000, timeout=10) as buffer:
+        buffer[:] = bytes(1000)
+    timer.join()
+    assert q.get_nowait() == bytes(1000)
+
+
+def test_as_many_as_the_table_holds_and_then_full(q: ShmQueue[Any]) -> None:
+    rooms = [q.reserve(1) for _ in range(128)]
+    with pytest.raises(ShmQueueFull, match="128 reservations are open"):
+        q.reserve(1, block=False)
+    with pytest.raises(ShmQueueFull, match=r"128 reservations.*within 0.05 s"):
+        q.reserve(1, timeout=0.05)
+    q.put("goes on")
+    rooms.pop().commit()
+    rooms.append(q.reserve(1, timeout=5))
+    del rooms
+    assert q.get_many(2) == ["goes on"] or q.qsize() == 0
+
+
+def test_a_killed_process_never_put_what_it_reserved(q: ShmQueue[Any], queue_name: str) -> None:
+    code = (
+        "import os, signal, sys; from shmqueue import ShmQueue\n"
+        "q = ShmQueue(sys.argv[1]); q.put('before'); room = q.reserve(5000); q.put('after')\n"
+        "room.buffer[:] = bytes(5000); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    process = subprocess.run([sys.executable, "-c", code, queue_name], check=False)
+    assert process.returncode == -signal.SIGKILL
+    assert [q.get(timeout=5), q.get(timeout=5)] == ["before", "after"]
+    with pytest.raises(Exception, match="no item"):
+        q.get(timeout=0.1)
+    assert q.buffer_occupancy() == 0
+
+
+def test_a_forked_child_does_not_end_its_parents_reservation(q: ShmQueue[Any]) -> None:
+    room = q.reserve(1)
+    pid = os.fork()
+    if pid == 0:
+        try:
+            for use in (room.commit, room.abandon, lambda: room.buffer):
+                with pytest.raises(ShmQueueRuntimeError, match="parent"):
+                    use()
+            room.__exit__(None, None, None)
+            del room
+            os._exit(0)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    room.buffer[0] = 9
+    room.commit()
+    assert q.get_many() == [b"\x09"]
+
+
+def test_shutdown_leaves_a_reservation_its_attachment(q: ShmQueue[Any], queue_name: str) -> None:
+    other = ShmQueue[Any](queue_name)
+    room = other.reserve(2)
+    other.shutdown()
+    with pytest.raises(ShmQueueNotInitializedError):
+        other.reserve(2)
+    assert q.refs == 2
+    room.buffer[:] = b"ab"
+    room.commit()
+    assert (q.refs, q.get_nowait()) == (1, b"ab")
+
+
+# ---- when a reservation is over
+
+
+def test_the_buffer_is_released_and_arrays_made_of_it_are_unusable(q: ShmQueue[Any]) -> None:
+    with q.reserve(IMAGE.nbytes) as buffer:
+        part = buffer[10:20]
+        array = np.frombuffer(buffer, IMAGE.dtype).reshape(IMAGE.shape)
+        row = array[3]
+        array[...] = IMAGE
+    assert is_released(buffer)
+    assert is_released(part)
+    assert is_unusable(array)
+    assert is_unusable(row)
+    assert q.get_nowait() == IMAGE.tobytes()
+
+
+def test_a_reserved_array_and_its_slices_are_unusable(q: ShmQueue[Any]) -> None:
+    with q.reserve_array(IMAGE.shape, IMAGE.dtype) as array:
+        top = array[:50]
+        turned = array.T
+        array[...] = IMAGE
+    assert all(is_unusable(a) for a in (array, top, turned))
+    assert (q.get_nowait() == IMAGE).all()
+
+
+def test_what_could_still_write_there_is_an_error_and_nothing_is_put(q: ShmQueue[Any]) -> None:
+    kept = []
+    with (
+        pytest.raises(ShmQueueRuntimeError, match=f"{q.identifier}.*nothing was put.*view"),
+        q.reserve_array(IMAGE.shape, IMAGE.dtype) as array,
+    ):
+        kept.append(memoryview(array))  # has the array's address
+    occupancy = q.buffer_occupancy()
+    assert q.qsize() == 0
+    assert occupancy > IMAGE.nbytes  # nobody else gets the memory
+    fill(q)
+    kept[0][0, 0] = 1
+    assert q.get_nowait() == b"\xff" * (SIZE - occupancy - SIZE_HEADER - 5)
+    del array
+    kept.clear()
+    assert q.buffer_occupancy() == 0
+
+
+# ---- lease(copy=False)
+
+
+def test_large_buffers_are_views_of_the_ring(q: ShmQueue[Any]) -> None:
+    q.put({"image": IMAGE, "nested": [IMAGE[0], {"t": 1.5}]})
+    with q.lease(copy=False) as item:
+        assert (item["image"] == IMAGE).all()
+        assert (item["nested"][0] == IMAGE[0]).all()
+        assert item["nested"][1] == {"t": 1.5}
+        assert not item["image"].flags.writeable
+        assert item["image"].ctypes.data % 64 == 0
+        assert not item["image"].flags.owndata
+    assert q.buffer_occupancy() == 0
+    assert is_unusable(item["image"])
+    assert (item["nested"][0] == IMAGE[0]).all()  # too small to be worth it: a copy
+
+
+@pytest.mark.parametrize("size", [0, 10, 300, 70_000])
+def test_bytes_are_a_memoryview_of_the_ring(q: ShmQueue[Any], size: int) -> None:
+    data = os.urandom(size)
+    q.put(data)
+    with q.lease(copy=False) as item:
+        assert (type(item), item.readonly, bytes(item)) == (memoryview, True, data)
+        part = item[1:3]
+    assert q.buffer_occupancy() == 0
+    with pytest.raises(ValueError, match="released"):
+        len(item)
+    with pytest.raises(ValueError, match="released"):
+        len(part)
+
+
+@pytest.mark.parametrize("item", [None, 5, "text", [1, "a"], {"a": {"b": 1.5}}, (1, 2), {3}, 2**70])
+def test_everything_else_is_decoded_from_the_ring(q: ShmQueue[Any], item: Any) -> None:
+    q.put(item)
+    expected = q.get_nowait()
+    q.put(item)
+    with q.lease(copy=False) as got:
+        assert got == expected
+    assert (got, q.buffer_occupancy()) == (expected, 0)
+
+
+def test_an_exception_gives_back(q: ShmQueue[Any]) -> None:
+    q.put(IMAGE)
+    with pytest.raises(ZeroDivisionError), q.lease(copy=False) as item:
+        1 / 0  # noqa: B018
+    assert is_unusable(item)
+    with q.lease(copy=False) as item:
+        assert (item == IMAGE).all()
+
+
+def test_the_lease_by_hand(q: ShmQueue[Any]) -> None:
+    q.put(IMAGE)
+    lease = q.lease(copy=False)
+    assert (lease.item == IMAGE).all()
+    lease.release()
+    assert (lease.is_over, q.buffer_occupancy()) == (True, 0)
+    with pytest.raises(ShmQueueRuntimeError, match="over"):
+        lease.item  # noqa: B018
+    assert "over" in repr(lease)
+
+
+def test_a_forgotten_one_is_given_back(q: ShmQueue[Any]) -> None:
+    q.put(IMAGE)
+    lease = q.lease(copy=False)
+    item = lease.item
+    del lease
+    assert (item == IMAGE).all()  # still its own
+    assert q.qsize() == 0
+    del item
+    assert (q.qsize(), (q.get_nowait() == IMAGE).all()) == (1, True)
+
+
+@dataclasses.dataclass
+class Frame:
+    image: Any
+    t: float
+
+
+def test_arrays_in_objects_are_found(q: ShmQueue[Any]) -> None:
+    q.put([Frame(IMAGE, 1.5), {"a": (IMAGE, IMAGE + 1)}])
+    with q.lease(copy=False) as item:
+        assert (item[0].image == IMAGE).all()
+        assert (item[1]["a"][1] == IMAGE + 1).all()
+    assert q.buffer_occupancy() == 0
+    assert is_unusable(item[0].image)
+    assert is_unusable(item[1]["a"][0])
+
+
+def test_variables_of_calling_functions_are_found(q: ShmQueue[Any]) -> None:
+    q.put(IMAGE)
+    lease = q.lease(copy=False)
+    image = lease.item
+    half = image[50:]
+
+    def end() -> None:
+        lease.release()
+
+    end()
+    assert q.buffer_occupancy() == 0
+    assert is_unusable(image)
+    assert is_unusable(half)
+
+
+KEEP: list[Callable[[Any], Any]] = [
+    memoryview,
+    lambda array: array.flat,
+    lambda array: iter(array),
+    lambda array: [array],
+    lambda array: np.nditer(array),
+    lambda array: array.data,
+    lambda array: np.asarray(memoryview(array)),
+    lambda array: (lambda: array),
+    lambda array: array.ctypes,
+    lambda array: array.view(np.recarray),
+]
+
+
+@pytest.mark.parametrize("keep", KEEP)
+def test_what_has_the_address_in_another_way_goes_on_and_keeps_the_memory(
+    q: ShmQueue[Any], keep: Callable[[Any], Any]
+) -> None:
+    q.put(IMAGE)
+    kept = []
+    with q.lease(copy=False) as item:
+        kept.append(keep(item))
+        address = item.ctypes.data
+    assert q.buffer_occupancy() > IMAGE.nbytes
+    fill(q)
+    assert np.ctypeslib.as_array((np.ctypeslib.ctypes.c_uint32 * 50_000).from_address(address)).tolist() == list(
+        range(50_000)
+    )
+    q.get_nowait()
+    del item
+    kept.clear()
+    gc.collect()
+    assert q.buffer_occupancy() == 0
+
+
+def test_slices_that_are_kept_elsewhere_go_on_and_keep_the_memory(q: ShmQueue[Any]) -> None:
+    q.put(IMAGE)
+    kept = []
+    with q.lease(copy=False) as item:
+        kept.append(item[7])
+    assert is_unusable(item)
+    fill(q)
+    assert (kept[0] == IMAGE[7]).all()
+    q.get_nowait()
+    assert q.buffer_occupancy() > 0
+    kept.clear()
+    assert q.buffer_occupancy() == 0
+
+
+def test_a_loop_needs_room_for_no_more_than_one_item(queue_name: str) -> None:
+    with ShmQueue[Any](queue_name, buffer_size=IMAGE.nbytes + 4096) as q:
+        for i in range(20):
+            q.put(IMAGE + i, block=False)
+            with q.lease(copy=False, block=False) as item:
+                assert (item == IMAGE + i).all()
+
+
+def test_views_outlive_shutdown(queue_name: str) -> None:
+    with ShmQueue[Any](queue_name, buffer_size=SIZE) as other:
+        q = ShmQueue[Any](queue_name)
+        q.put_many([IMAGE, b"abc"])
+        kept = []
+        lease, second = q.lease(copy=False), q.lease(copy=False)
+        kept.append(lease.item[5])
+        q.shutdown()
+        lease.release()
+        second.give_back()
+        assert (kept[0] == IMAGE[5]).all()
+        assert other.refs == 2  # the view holds its memory, its place and the record
+        kept.clear()
+        assert (other.refs, other.get_nowait(), other.buffer_occupancy()) == (1, b"abc", 0)
+
+
+def test_a_killed_holder_gives_back(q: ShmQueue[Any], queue_name: str) -> None:
+    q.put(IMAGE)
+    code = (
+        "import os, signal, sys; from shmqueue import ShmQueue\n"
+        "q = ShmQueue(sys.argv[1]); item = q.lease(copy=False).item; os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    assert subprocess.run([sys.executable, "-c", code, queue_name], check=False).returncode == -signal.SIGKILL
+    with q.lease(timeout=5, copy=False) as item:
+        assert (item == IMAGE).all()
+
+
+def test_custom_deserializers_get_the_ring_itself(q: ShmQueue[Any]) -> None:
+    seen = []
+
+    def deserialize(method: int, chunks: list[memoryview]) -> int:
+        seen.extend(chunks)
+        assert chunks[0].readonly
+        return len(chunks[0])
+
+    q.custom_serialize(lambda method, data: data)
+    q.custom_deserialize(deserialize)
+    q.put(bytes(100_000), serialization_method=1001)
+    with q.lease(copy=False) as item:
+        assert item == 100_000
+        assert is_released(seen[0])
+    assert q.buffer_occupancy() == 0
+
+
+def test_what_cannot_be_decoded_is_in_the_error_and_off_the_queue(q: ShmQueue[Any]) -> None:
+    q.custom_serialize(lambda method, data: data)
+    q.put(b"abc", serialization_method=1001)
+    with pytest.raises(NotImplementedError) as info:
+        q.lease(copy=False)
+    assert vars(info.value)["payload"] == b"abc"
+    del info
+    gc.collect()
+    assert (q.qsize(), q.buffer_occupancy()) == (0, 0)
+
+
+def test_many_in_place_between_processes(q: ShmQueue[Any], queue_name: str) -> None:
+    count, shape = 300, (40, 1000)
+    code = (
+        "import sys; from shmqueue import ShmQueue\n"
+        "q = ShmQueue(sys.argv[1])\n"
+        f"for i in range({count}):\n"
+        f"    with q.reserve_array({shape}, 'u4', timeout=30) as array: array[...] = i"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, queue_name])
+    for i in range(count):
+        with q.lease(timeout=30, copy=False) as array:
+            assert array.shape == shape
+            assert array.min() == array.max() == i
+    assert process.wait(30) == 0
+    assert q.buffer_occupancy() == 0
