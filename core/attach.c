@@ -582,6 +582,17 @@ static void let_go_of_slot(struct shmq *q)
     q->pin = NULL;
 }
 
+int shmq_prefault(struct shmq *q)
+{
+    int rc = shmq_hold(q);
+    if (rc != SHMQ_OK)
+        return rc;
+    int error = port_prefault(q->seg, q->ring_offset + 2 * q->ring.capacity);
+    rc = error == 0 ? SHMQ_OK : fail_system(&q->fault, "madvise", error);
+    shmq_let_go(q);
+    return rc;
+}
+
 void shmq_keep_items(struct shmq *q) { q->keeps_items = true; }
 
 static bool has_items(struct shmq *q)

@@ -59,8 +59,10 @@ int port_first_locked(int fd, uint64_t from, uint64_t to, uint64_t *byte);
 int port_pin(int fd, void **pin);
 void port_unpin(void *pin);
 
-/* Map the segment: `ring_offset` bytes, then `capacity` bytes twice, back to back. */
+/* Map the segment: `ring_offset` bytes, then `capacity` bytes twice, back to back; where the system has huge pages for
+ * such files, by those. prefault: have all pages of a mapping at hand, so that first touches cost no fault. */
 int port_map(int fd, uint64_t ring_offset, uint64_t capacity, void **base);
+int port_prefault(void *at, uint64_t size);
 void port_unmap(void *base, uint64_t ring_offset, uint64_t capacity);
 uint64_t port_page_size(void);
 uint32_t port_pid(void);

@@ -267,10 +267,26 @@ int port_pin(int fd, void **pin)
 
 void port_unpin(void *pin) { munmap(pin, port_page_size()); }
 
+#define HUGE_PAGE (UINT64_C(2) << 20)
+
+/* Where `size` bytes can be mapped. Bigger ones begin at a huge page, as the file does: else none could be used. */
+static char *reserve_addresses(uint64_t size)
+{
+    uint64_t extra = size >= HUGE_PAGE ? HUGE_PAGE : 0;
+    char *at = mmap(NULL, size + extra, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (at == MAP_FAILED || extra == 0)
+        return at;
+    uint64_t before = -(uintptr_t)at % HUGE_PAGE;
+    if (before > 0)
+        munmap(at, before);
+    munmap(at + before + size, extra - before);
+    return at + before;
+}
+
 int port_map(int fd, uint64_t ring_offset, uint64_t capacity, void **base)
 {
     uint64_t size = ring_offset + 2 * capacity;
-    char *at = mmap(NULL, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    char *at = reserve_addresses(size);
     *base = NULL;
     if (at == MAP_FAILED)
         return errno;
@@ -283,7 +299,25 @@ int port_map(int fd, uint64_t ring_offset, uint64_t capacity, void **base)
         return rc;
     }
     madvise(at + ring_offset, 2 * capacity, MADV_DONTDUMP);
+    madvise(at, size, MADV_HUGEPAGE); /* where the system is set up to ask */
     *base = at;
+    return 0;
+}
+
+#ifndef MADV_POPULATE_WRITE
+#define MADV_POPULATE_WRITE 23
+#endif
+
+int port_prefault(void *at, uint64_t size)
+{
+    while (madvise(at, size, MADV_POPULATE_WRITE) != 0)
+        if (errno == EINVAL) { /* before Linux 5.14 */
+            for (uint64_t i = 0; i < size; i += port_page_size())
+                (void)*((volatile const char *)at + i);
+            return 0;
+        } else if (errno != EINTR) {
+            return errno;
+        }
     return 0;
 }
 

@@ -98,6 +98,9 @@ int shmq_close(struct shmq *q, bool now);
 bool shmq_close_begin(struct shmq *q);
 int shmq_close_end(struct shmq *q, bool now);
 
+/* Have all of the segment's pages at hand, so that no first touch costs a fault. OK | SYSTEM | CLOSED | FORKED */
+int shmq_prefault(struct shmq *q);
+
 /* If this attachment is the last to leave, it leaves the segment in place when items are in it. */
 void shmq_keep_items(struct shmq *q);
 

@@ -521,3 +521,22 @@ def test_many_in_place_between_processes(q: ShmQueue[Any], queue_name: str) -> N
             assert array.min() == array.max() == i
     assert process.wait(30) == 0
     assert q.buffer_occupancy() == 0
+
+
+# ---- pages at hand
+
+
+def shared_at_hand() -> int:
+    """Bytes of shared memory that this process has at hand, by whatever mapping."""
+    with open("/proc/self/status", encoding="ascii") as lines:
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssShmem:"))
+
+
+@pytest.mark.parametrize("prefault", [False, True])
+def test_prefault_has_all_pages_at_hand(queue_name: str, prefault: bool) -> None:
+    size, before = 8 << 20, shared_at_hand()
+    with ShmQueue[Any](queue_name, buffer_size=size, prefault=prefault) as q:
+        at_hand = shared_at_hand() - before
+        assert at_hand >= 2 * size if prefault else at_hand < size
+        q.put(1)
+        assert q.get() == 1

@@ -328,6 +328,43 @@ static void test_ring_is_mapped_twice_back_to_back(void)
     unlink(check_path);
 }
 
+static uint64_t pages_at_hand(const void *at, uint64_t size)
+{
+    char line[200];
+    uint64_t first, last, kib = 0, sum = 0;
+    bool is_inside = false;
+    FILE *maps = fopen("/proc/self/smaps", "r");
+    CHECK(maps != NULL);
+    while (fgets(line, sizeof line, maps) != NULL) {
+        if (sscanf(line, "%lx-%lx ", &first, &last) == 2)
+            is_inside = first >= (uintptr_t)at && last <= (uintptr_t)at + size;
+        if (is_inside && sscanf(line, "Rss: %lu kB", &kib) == 1)
+            sum += kib;
+    }
+    fclose(maps);
+    return sum * 1024 / port_page_size();
+}
+
+static void test_big_ring_begins_at_a_huge_page_and_can_be_had_at_hand(void)
+{
+    int one, two;
+    char *base;
+    uint64_t page = port_page_size(), offset = 3 * page, capacity = 4 << 20, size = offset + 2 * capacity;
+    open_twice(&one, &two);
+    CHECK_EQ(ftruncate(one, (off_t)(offset + capacity)), 0);
+    CHECK_EQ(port_map(one, offset, capacity, (void **)&base), 0);
+    CHECK_EQ((uintptr_t)base % (2 << 20), 0);
+    CHECK_EQ(pages_at_hand(base, size), 0);
+    CHECK_EQ(port_prefault(base, size), 0);
+    CHECK_EQ(pages_at_hand(base, size), size / page);
+    base[offset] = 5;
+    CHECK_EQ(base[offset + capacity], 5);
+    port_unmap(base, offset, capacity);
+    CHECK_EQ(msync(base + size - page, page, MS_ASYNC), -1);
+    CHECK(port_prefault(base, page) != 0);
+    unlink(check_path);
+}
+
 static void test_mapping_that_cannot_be_leaves_nothing(void)
 {
     void *base;
@@ -362,6 +399,7 @@ static const struct test tests[] = {
     TEST(test_pin_keeps_a_lock_that_its_descriptor_would_lose),
     TEST(test_pin_ends_with_its_process_though_a_forked_child_lives),
     TEST(test_ring_is_mapped_twice_back_to_back),
+    TEST(test_big_ring_begins_at_a_huge_page_and_can_be_had_at_hand),
     TEST(test_mapping_that_cannot_be_leaves_nothing),
     TEST(test_clock_never_goes_back),
 };

@@ -77,6 +77,8 @@ class ShmQueue(_core.Handle[T]):
         track_resources: Register the segment with multiprocessing's resource tracker while attached.
         strict_types: Keep tuples, bytearrays and the like as what they are, by pickle, where msgpack would
             deliver lists and bytes.
+        prefault: Map all pages of the queue now, in this process, so that the first pass through a large one is as
+            fast as later ones. Takes about 0.5 s per GiB.
 
     Raises:
         ShmQueueValueError, ShmQueueTypeError: a bad name or size.
@@ -95,6 +97,7 @@ class ShmQueue(_core.Handle[T]):
         allow_pickle: bool = True,
         track_resources: bool = False,
         strict_types: bool = False,
+        prefault: bool = False,
     ) -> None:
         if logger is not None and not hasattr(logger, "log"):
             raise exc.ShmQueueTypeError(f"logger must be a logging.Logger, not {type(logger).__name__}")
@@ -108,6 +111,7 @@ class ShmQueue(_core.Handle[T]):
             "allow_pickle": allow_pickle,
             "track_resources": track_resources,
             "strict_types": strict_types,
+            "prefault": prefault,
         }
         self._log = logger or _log
         self._serializer: Callable[[int, Any], Any] | None = None
@@ -125,6 +129,8 @@ class ShmQueue(_core.Handle[T]):
         if self._name.endswith(_DEAD):
             self._keep_items()
         lifecycle.register(self)
+        if self._options["prefault"]:
+            self._prefault()
         if not was_created and self._capacity != capacity:
             self._log.log(
                 logging.WARNING if capacity > self._capacity else logging.DEBUG,

@@ -67,7 +67,7 @@ PyDoc_STRVAR(get_many_doc,
 "    comes at once; items taken before it are in its `.received`, if there were any.");
 
 PyDoc_STRVAR(lease_method_doc,
-"lease($self, block=True, timeout=None, max_deliveries=None)\n--\n\n"
+"lease($self, block=True, timeout=None, max_deliveries=None, copy=True)\n--\n\n"
 "Claim the oldest item and keep it in the queue until the lease ends: at-least-once delivery.\n\n"
 "    with q.lease(timeout=2.0) as item:\n"
 "        work_on(item)\n\n"
@@ -79,6 +79,9 @@ PyDoc_STRVAR(lease_method_doc,
 "    block, timeout: As for get().\n"
 "    max_deliveries: How often an item may be handed out. One that would be once more is moved to the queue\n"
 "        '<name>.dead' instead, undecoded, since it may be what kills its consumers. Default: no limit.\n"
+"    copy: False gives bytes as a read-only memoryview of the queue itself, and arrays of 32 KiB and more as read-only\n"
+"        views of it. They are valid until the lease ends. Then memoryviews are released, and arrays that variables\n"
+"        or the item hold become unusable; whatever else has a view keeps the item claimed until it is gone.\n"
 "Returns:\n"
 "    A Lease: a context manager that gives the item; or use its `item`, `deliveries`, release() and give_back().\n"
 "    One that is forgotten is given back.\n"

@@ -1016,6 +1016,16 @@ static PyObject *handle_is_open(struct handle *self, PyObject *Py_UNUSED(none))
     return PyBool_FromLong(self->q != NULL && shmq_usable(self->q) != SHMQ_CLOSED);
 }
 
+static PyObject *handle_prefault(struct handle *self, PyObject *Py_UNUSED(none))
+{
+    int rc;
+    if (ready(self) < 0)
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS rc = shmq_prefault(self->q);
+    Py_END_ALLOW_THREADS if (rc != SHMQ_OK) return fail(self, rc, NO_ITEM, NULL);
+    Py_RETURN_NONE;
+}
+
 static PyObject *handle_keep_items(struct handle *self, PyObject *Py_UNUSED(none))
 {
     if (self->q != NULL)
@@ -1137,6 +1147,7 @@ static PyMethodDef methods[] = {
     {"_fault", (PyCFunction)handle_fault, METH_NOARGS, NULL},
     {"_close", (PyCFunction)handle_close, METH_O, NULL},
     {"_is_open", (PyCFunction)handle_is_open, METH_NOARGS, NULL},
+    {"_prefault", (PyCFunction)handle_prefault, METH_NOARGS, NULL},
     {"_keep_items", (PyCFunction)handle_keep_items, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL},
 };
