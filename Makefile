@@ -7,6 +7,7 @@
 #   make storm      kill a queue's workers 10,000 times, then again with leases, and fail where the others stand still
 #                   for over 1 s; takes about 15 minutes. STORM_ARGS='--seed 1' adds arguments
 #   make fuzz       overwrite a queue's memory 1,000,000 times while it is used, under ASan+UBSan (FUZZ_ARGS)
+#   make bench      measure this and other queues, write docs/performance.md; about 15 minutes (BENCH_ARGS)
 #   make clean      remove what the above made
 #
 # PYTHON and VENV choose another interpreter and place: make test PYTHON=python3.12 VENV=.venv-3.12
@@ -38,7 +39,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 SAY := @printf '==> %s\n'
 
-.PHONY: install demo test ctest lint types pytest sanitize sanitize-c sanitize-python spec storm fuzz clean system
+.PHONY: install demo test ctest lint types pytest sanitize sanitize-c sanitize-python spec storm fuzz bench clean system
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -119,6 +120,14 @@ storm: $(VENV)/.installed
 	@$(STORM)
 	$(SAY) 'again, with leases'
 	@$(STORM) --lease
+
+# --- how fast it is --------------------------------------------------------------------------------
+
+bench: $(VENV)/.installed
+	$(SAY) 'installing the other queues into $(VENV)'
+	@$(VENV)/bin/python -m pip install --quiet '.[bench]'
+	$(SAY) 'measuring'
+	@$(VENV)/bin/python benchmarks/report.py $(BENCH_ARGS)
 
 # --- C tests: each core/tests/test_*.c is a program, linked with the whole core ----------------
 

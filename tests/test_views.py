@@ -402,7 +402,7 @@ KEEP: list[Callable[[Any], Any]] = [
     lambda array: np.nditer(array),
     lambda array: array.data,
     lambda array: np.asarray(memoryview(array)),
-    lambda array: (lambda: array),
+    lambda array: lambda: array,
     lambda array: array.ctypes,
     lambda array: array.view(np.recarray),
 ]

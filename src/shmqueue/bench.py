@@ -25,11 +25,14 @@ import tempfile
 import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack, suppress
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
+from threading import BrokenBarrierError
 from typing import Any
 
+import msgpack
+
 from . import __version__, serialization
-from .processes import FORK, Progress, machine, number_from, when_parent_dies
+from .processes import FORK, Progress, machine, number_from, signals_blocked, sigterm_exits, when_parent_dies
 from .queue import ShmQueue
 
 __all__ = [
@@ -48,6 +51,8 @@ ROOM = 1 << 20
 
 PACED_S = 0.002
 
+GAVE_UP = "gave up, as another worker did"
+
 
 # ---- what is sent, and by how many
 
@@ -63,7 +68,10 @@ class Workload:
     """0: the one process puts and gets."""
 
     batch: int = 1
-    """Items of one put_many or get_many; 1: put and get."""
+    """Items of one put_many; 1: put."""
+
+    get_batch: int = 1
+    """Items of one get_many at most; 1: get."""
 
     pause_s: float | None = None
     """Seconds between two round trips."""
@@ -110,7 +118,7 @@ def workloads() -> dict[str, Workload]:
         Workload("dict-1:1", DICT),
         Workload("bytes-1:1", bytes(range(100))),
         Workload("dict-4:4", DICT, 4, 4),
-        Workload("dict-1:1-batch", DICT, batch=100),
+        Workload("dict-1:1-batch", DICT, batch=100, get_batch=100),
         Workload("dict-alone", DICT, consumers=0),
         Workload("ping-pong", DICT, pause_s=0.0),
         Workload("ping-pong-paced", DICT, pause_s=PACED_S),
@@ -336,6 +344,14 @@ class HyperQ(_Bytes):
         return Port(lambda item: queue.put(pack(item)), lambda: unpack(queue.get()))
 
 
+class HyperQMsgpack(HyperQ):
+    """The same with msgpack, the usual library."""
+
+    def __init__(self, workload: Workload) -> None:
+        super().__init__(workload)
+        self.pack, self.unpack = msgpack.packb, msgpack.unpackb
+
+
 class ZeroMQ(_Bytes):
     """pyzmq over ipc. Each producer has a socket for each consumer and uses them in turn."""
 
@@ -412,7 +428,10 @@ class Iceoryx2(_Bytes):
             subscriber = service.subscriber_builder().create()
         if is_producer:
             publisher = (
-                service.publisher_builder().initial_max_slice_len(self._largest).backpressure_strategy(strategy).create()
+                service.publisher_builder()
+                .initial_max_slice_len(self._largest)
+                .backpressure_strategy(strategy)
+                .create()
             )
         self._kept = [node, service, publisher, subscriber]
         pack, unpack, in_place = self.pack, self.unpack, self.in_place
@@ -452,6 +471,7 @@ CANDIDATES: dict[str, Callable[[Workload], Candidate]] = {
     "multiprocessing.Queue": Stdlib,
     "faster-fifo": FasterFifo,
     "hyperq": HyperQ,
+    "hyperq, msgpack": HyperQMsgpack,
     "pyzmq": ZeroMQ,
     "iceoryx2": Iceoryx2,
 }
@@ -471,6 +491,8 @@ def candidates(workload: Workload, wanted: Collection[str] = CANDIDATES) -> dict
     if workload.only:
         return {workload.only: ShmInPlace}
     makers = CANDIDATES | FOR_FRAMES if workload.size else CANDIDATES
+    if workload.size or isinstance(workload.item, bytes):
+        makers = {label: make for label, make in makers.items() if make is not HyperQMsgpack}
     return {label: make for label, make in makers.items() if label[0] == "(" or label.partition(", ")[0] in wanted}
 
 
@@ -533,10 +555,10 @@ def _consume(workload: Workload, count: int, is_checked: bool) -> Work:
 
     def work(port: Port) -> None:
         get, get_many = port.get, port.get_many
-        if workload.batch > 1 and get_many is not None:
+        if workload.get_batch > 1 and get_many is not None:
             left = count
             while left:
-                got = get_many(min(left, workload.batch))
+                got = get_many(min(left, workload.get_batch))
                 left -= len(got)
                 if is_checked:
                     for item in got:
@@ -662,14 +684,15 @@ def _run(candidate: Candidate, works: list[tuple[Work, int, bool]], count: int, 
     deadline = time.monotonic() + LIMIT_S
     try:
         for i, (work, number, is_producer) in enumerate(works):
-            ours, theirs = FORK.Pipe(duplex=False)
-            cpu = cpus[i % len(cpus)] if cpus else None
-            arguments = (os.getpid(), candidate, work, number, is_producer, cpu, barrier, theirs)
-            process = FORK.Process(target=_run_worker, args=arguments, daemon=True)
-            process.start()
-            theirs.close()
-            workers.append((process, ours))
-        reports = [_report(connection, deadline) for _, connection in workers]
+            with signals_blocked():
+                ours, theirs = FORK.Pipe(duplex=False)
+                cpu = cpus[i % len(cpus)] if cpus else None
+                arguments = (os.getpid(), candidate, work, number, is_producer, cpu, barrier, theirs)
+                process = FORK.Process(target=_run_worker, args=arguments, daemon=True)
+                process.start()
+                theirs.close()
+                workers.append((process, ours))
+        reports = _reports([connection for _, connection in workers], deadline)
         for process, _ in workers:
             process.join(max(0.0, deadline - time.monotonic()))
     finally:
@@ -683,17 +706,24 @@ def _run(candidate: Candidate, works: list[tuple[Work, int, bool]], count: int, 
     return Outcome(count, seconds, sum(cpu for _, _, cpu, _ in reports), tuple(trips))
 
 
-def _report(connection: Connection, deadline: float) -> tuple[float, float, float, Any]:
-    if not connection.poll(max(0.0, deadline - time.monotonic())):
-        raise Failed(f"not done after {LIMIT_S:g} s")
-    try:
-        error, *report = connection.recv()
-    except EOFError:
-        raise Failed("a worker died") from None
-    if error:
-        raise Failed(error)
-    start, end, cpu, result = report
-    return start, end, cpu, result
+def _reports(connections: list[Connection], deadline: float) -> list[tuple[float, float, float, Any]]:
+    """Start, end, CPU seconds and result of each worker; an error as soon as there is one."""
+    reports: list[tuple[float, float, float, Any]] = []
+    pending = list[Any](connections)
+    while pending:
+        ready: list[Any] = wait(pending, max(0.0, deadline - time.monotonic()))
+        if not ready:
+            raise Failed(f"not done after {LIMIT_S:g} s")
+        for connection in ready:
+            pending.remove(connection)
+            try:
+                error, *report = connection.recv()
+            except EOFError:
+                raise Failed("a worker died") from None
+            if error and (error != GAVE_UP or not pending):
+                raise Failed(error)
+            reports.append(tuple(report))
+    return reports
 
 
 def _run_worker(
@@ -713,7 +743,7 @@ def _run_worker(
         port.close()
     except Exception as error:
         barrier.abort()
-        to_parent.send((f"{error!r:.300}",))
+        to_parent.send((GAVE_UP if isinstance(error, BrokenBarrierError) else f"{error!r:.300}",))
         to_parent.close()
         os._exit(1)
 
@@ -752,7 +782,7 @@ def compare(
             outcomes.pop(label, None)
             return None
 
-    first = FIRST_COUNT * workload.producers * workload.batch ** 0.5
+    first = FIRST_COUNT * workload.producers * workload.batch**0.5
     if workload.size or workload.is_ping_pong:
         first = FIRST_COUNT / 20
     for label in makers:
@@ -769,7 +799,6 @@ def compare(
     return outcomes, failures
 
 
-
 # ---- the command
 
 DESCRIPTION = """\
@@ -779,7 +808,8 @@ over the turns with the spread between the slowest and the fastest, and the CPU 
 Compare what one run shows; the figures of two runs may differ by more than two queues do."""
 
 EPILOG = """\
-exit code: 0, or 1 if shmqueue failed at a workload, 2 for arguments that can't do, 130 after Ctrl-C."""
+exit code: 0, or 1 if shmqueue failed at a workload, 2 for arguments that can't do, 130 after Ctrl-C, 143 after
+SIGTERM."""
 
 
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -800,9 +830,10 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "--seconds", type=number_from(float, 0.01), default=0.5, metavar="S",
         help="of one turn, about; default: %(default)g",
     )  # fmt: skip
+    peers = [label for label in CANDIDATES if "," not in label and label != "shmqueue"]
     add(
-        "--against", action="append", choices=[*[*CANDIDATES][1:], "none"], metavar="QUEUE",
-        help=f"only this one of {', '.join([*CANDIDATES][1:])}, or none; may be given again",
+        "--against", action="append", choices=[*peers, "none"], metavar="QUEUE",
+        help=f"only this one of {', '.join(peers)}, or none; may be given again",
     )  # fmt: skip
     add("--json", action="store_true", help="print every turn, in JSON")
     add("--verbose", action="store_true", help="tell how far it is, each second, also where there is no terminal")
@@ -817,20 +848,20 @@ def _run_command(parser: argparse.ArgumentParser, arguments: argparse.Namespace)
     progress = Progress(arguments.verbose)
     found: dict[str, Any] = {}
     is_sound = True
+    if not arguments.json:
+        print(f"shmqueue {__version__}, {machine()}; {arguments.turns} turns", flush=True)
     try:
-        if not arguments.json:
-            print(f"shmqueue {__version__}, {machine()}; {arguments.turns} turns")
-        for name in arguments.workloads or known:
-            outcomes, failures = compare(
-                known[name], candidates(known[name], wanted), arguments.turns, arguments.seconds, progress
-            )
-            progress.clear()
-            is_sound = is_sound and not any(label.startswith("shmqueue") for label in failures)
-            if arguments.json:
-                turns = {label: [dataclasses.asdict(one) for one in turns] for label, turns in outcomes.items()}
-                found[name] = {"turns": turns, "failures": failures}
-            else:
-                print(table(known[name], outcomes, failures), flush=True)
+        with sigterm_exits():
+            for name in arguments.workloads or known:
+                makers = candidates(known[name], wanted)
+                outcomes, failures = compare(known[name], makers, arguments.turns, arguments.seconds, progress)
+                progress.clear()
+                is_sound = is_sound and not any(label.startswith("shmqueue") for label in failures)
+                if arguments.json:
+                    turns = {label: [dataclasses.asdict(one) for one in turns] for label, turns in outcomes.items()}
+                    found[name] = {"turns": turns, "failures": failures}
+                else:
+                    print(table(known[name], outcomes, failures), flush=True)
     except KeyboardInterrupt:
         progress.clear()
         print("interrupted; the workers are ended, the queues are removed", file=sys.stderr)

@@ -7,14 +7,16 @@ import ctypes
 import multiprocessing
 import os
 import platform
+import signal
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
-__all__ = ["FORK", "Progress", "machine", "number_from", "when_parent_dies"]
+__all__ = ["FORK", "Progress", "machine", "number_from", "signals_blocked", "sigterm_exits", "when_parent_dies"]
 
 FORK = multiprocessing.get_context("fork")
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 MOST = 10**12
 """Of anything that is asked for."""
@@ -26,6 +28,26 @@ def when_parent_dies(parent: int, number: int) -> None:
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, number)
     if os.getppid() != parent:  # too late
         os._exit(1)
+
+
+@contextmanager
+def sigterm_exits() -> Iterator[None]:
+    """Make SIGTERM an orderly exit, with 143, so that what was begun is ended."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def signals_blocked() -> Iterator[None]:
+    """Hold back what ends a command: while a process is forked, hooks of the standard library would swallow it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def machine() -> str:

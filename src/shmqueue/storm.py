@@ -25,8 +25,8 @@ import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from types import FrameType
@@ -34,7 +34,7 @@ from typing import Any, NoReturn
 
 from . import names
 from .exceptions import ShmQueueException
-from .processes import FORK, Progress, machine, number_from, when_parent_dies
+from .processes import FORK, Progress, machine, number_from, signals_blocked, sigterm_exits, when_parent_dies
 from .queue import ShmQueue
 
 __all__ = ["Contender", "Ledger", "Notes", "Options", "Report", "Shm", "Storm", "add_command"]
@@ -60,8 +60,6 @@ FREEZE_S = 0.02
 
 MOST_WORKERS = 500
 """512 handles may share a queue."""
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -683,7 +681,7 @@ class Storm:
     # ---- one step after the other
 
     def _begin(self) -> None:
-        with _signals_blocked():
+        with signals_blocked():
             self._witness = self._start(_run_witness, put, self._theirs)
         self._theirs.close()
         self._ask("fill", self._options.deep)
@@ -694,7 +692,7 @@ class Storm:
         works = [puts[n % len(puts)] for n in range(self._options.producers)]
         works += [gets[n % len(gets)] for n in range(self._options.consumers)]
         for work in works:
-            with _signals_blocked():
+            with signals_blocked():
                 self._workers.append(self._start(_run_worker, work, self._complain))
 
     def _start(self, run: Callable[..., NoReturn], work: Work, channel: Any) -> Worker:
@@ -749,7 +747,7 @@ class Storm:
         ended = self._workers[index]
         if ended.process.exitcode not in (0, -signal.SIGKILL):
             raise _Ended("failed", self._complaint() or f"{ended.work.__name__} ended with {ended.process.exitcode}")
-        with _signals_blocked():
+        with signals_blocked():
             self._workers[index] = self._start(_run_worker, ended.work, self._complain)
         self._absorb(ended)
 
@@ -811,7 +809,7 @@ class Storm:
 
     def _end(self) -> list[str]:
         """End all processes and remove the queue; what is left of it nonetheless."""
-        with _signals_blocked():
+        with signals_blocked():
             if self._witness is not None:
                 self._witness.process.kill()
                 self._witness.process.join()
@@ -899,15 +897,6 @@ class Storm:
         )
 
 
-@contextmanager
-def _signals_blocked() -> Iterator[None]:
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 # ---- the command
 
 DESCRIPTION = """\
@@ -985,10 +974,10 @@ def _run_command(parser: argparse.ArgumentParser, arguments: argparse.Namespace)
     )
     progress = Progress(arguments.verbose)
     storm = None
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
-        storm = Storm(options, AGAINST.get(arguments.against, Shm)(options), progress)
-        report = storm.run()
+        with sigterm_exits():
+            storm = Storm(options, AGAINST.get(arguments.against, Shm)(options), progress)
+            report = storm.run()
     except ModuleNotFoundError as error:
         parser.error(f"--against {arguments.against}: {error}; try: {sys.executable} -m pip install faster-fifo")
     except KeyboardInterrupt:
@@ -1000,8 +989,6 @@ def _run_command(parser: argparse.ArgumentParser, arguments: argparse.Namespace)
         progress.clear()
         print(f"the storm itself failed: {error}", file=sys.stderr)
         return 1
-    finally:
-        signal.signal(signal.SIGTERM, before)
     progress.clear()
     print(json.dumps(dataclasses.asdict(report), indent=2) if arguments.json else report)
     return 0 if report.is_passed or arguments.against else 1
