@@ -287,6 +287,16 @@ static uint64_t occupy_slot(struct shmq_segment *seg, uint32_t slot)
     return owner;
 }
 
+static void use_mapping(struct shmq *q, void *base, uint64_t ring_offset, uint64_t capacity)
+{
+    bool is_power_of_2 = (capacity & (capacity - 1)) == 0;
+    q->seg = base;
+    q->ring_offset = ring_offset;
+    q->ring = (struct shmq_ring){(uint8_t *)base + ring_offset, capacity, is_power_of_2 ? capacity - 1 : 0};
+    q->reservations = (struct shmq_hands){q->seg->reservations, SHMQ_R_ENTRIES, &q->seg->side[SHMQ_PRODUCING].top};
+    q->claims = (struct shmq_hands){q->seg->claims, SHMQ_H_ENTRIES, &q->seg->side[SHMQ_CONSUMING].top};
+}
+
 /* Map the segment behind q->path, and open the probe. Neither through the descriptor that holds our locks: a forked
  * child inherits both. */
 static int map_segment(struct shmq *q, const struct shmq_segment_hdr *hdr)
@@ -300,13 +310,7 @@ static int map_segment(struct shmq *q, const struct shmq_segment_hdr *hdr)
     port_close(fd);
     if (rc != 0)
         return rc;
-    q->seg = base;
-    q->ring_offset = hdr->ring_offset;
-    bool is_power_of_2 = (hdr->capacity & (hdr->capacity - 1)) == 0;
-    q->ring =
-        (struct shmq_ring){(uint8_t *)base + hdr->ring_offset, hdr->capacity, is_power_of_2 ? hdr->capacity - 1 : 0};
-    q->reservations = (struct shmq_hands){q->seg->reservations, SHMQ_R_ENTRIES, &q->seg->side[SHMQ_PRODUCING].top};
-    q->claims = (struct shmq_hands){q->seg->claims, SHMQ_H_ENTRIES, &q->seg->side[SHMQ_CONSUMING].top};
+    use_mapping(q, base, hdr->ring_offset, hdr->capacity);
     return 0;
 }
 
@@ -508,6 +512,21 @@ static void forget_parent(struct shmq *q)
 {
     atomic_store(&q->calls, 0);
     q->cookie = port_cookie();
+}
+
+int shmq_fork_move(struct shmq *q)
+{
+    void *old = q->seg, *base;
+    uint64_t ring_offset = q->ring_offset, capacity = q->ring.capacity;
+    if (old == NULL)
+        return SHMQ_CLOSED;
+    int rc = q->child_fd >= 0 ? port_map(q->child_fd, ring_offset, capacity, &base) : EBADF;
+    if (rc == 0)
+        use_mapping(q, base, ring_offset, capacity);
+    else
+        q->seg = NULL; /* can't be used here, and must not be unmapped */
+    port_blank(old, ring_offset + 2 * capacity);
+    return rc == 0 ? SHMQ_OK : fail_system(&q->fault, "mmap", rc);
 }
 
 int shmq_fork_child(struct shmq *q)

@@ -63,6 +63,7 @@ void port_unpin(void *pin);
  * such files, by those. prefault: have all pages of a mapping at hand, so that first touches cost no fault. */
 int port_map(int fd, uint64_t ring_offset, uint64_t capacity, void **base);
 int port_prefault(void *at, uint64_t size);
+void port_blank(void *at, uint64_t size); /* private memory, zero, in place of what is mapped there */
 void port_unmap(void *base, uint64_t ring_offset, uint64_t capacity);
 uint64_t port_page_size(void);
 uint32_t port_pid(void);

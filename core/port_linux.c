@@ -321,4 +321,9 @@ int port_prefault(void *at, uint64_t size)
     return 0;
 }
 
+void port_blank(void *at, uint64_t size)
+{
+    mmap(at, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
+}
+
 void port_unmap(void *base, uint64_t ring_offset, uint64_t capacity) { munmap(base, ring_offset + 2 * capacity); }

@@ -116,6 +116,10 @@ void shmq_free(struct shmq *q);
 int shmq_fork_before(struct shmq *q);
 void shmq_fork_parent(struct shmq *q);
 int shmq_fork_child(struct shmq *q);
+
+/* Before shmq_fork_child(), where the parent had records in hand whose addresses are in use: map the segment elsewhere.
+ * At the old addresses there is private memory from now on, for good. OK | CLOSED | SYSTEM (the handle can't be used) */
+int shmq_fork_move(struct shmq *q);
 int shmq_adopt(struct shmq *q);
 
 /* ---- items -------------------------------------------------------------------------------------------------- */

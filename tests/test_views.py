@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import os
 import signal
+import struct
 import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -45,7 +48,7 @@ def is_unusable(array: Any) -> bool:
         array[0]
     with pytest.raises(TypeError):
         array + 1
-    with pytest.raises(TypeError):
+    with pytest.raises(ValueError, match="is over"):
         float(array)
     return "is over" in repr(array)
 
@@ -160,8 +163,18 @@ def test_what_cannot_be_reserved(q: ShmQueue[Any], queue_name: str) -> None:
         q.reserve_array(3, object)
     with pytest.raises(TypeError):
         q.reserve_array(3, "no type")
-    with pytest.raises(ValueError, match="negative"):
-        q.reserve_array(-3)
+    with pytest.raises(ShmQueueValueError, match=f"{queue_name}.*negative"):
+        q.reserve_array((2, -3))
+    with pytest.raises(ShmQueueValueError, match="order"):
+        q.reserve_array(3, order=bad)
+    with pytest.raises(ShmQueueTypeError, match="shape"):
+        q.reserve_array(bad)
+    with pytest.raises(ShmQueueSerializationError, match="no bytes"):
+        q.reserve_array(3, "V0")
+    with pytest.raises(ShmQueueValueError, match="4 GiB"):
+        q.reserve_array(10**12)
+    with pytest.raises(ShmQueueValueError, match="4 GiB"):
+        q.reserve_array((10**12, 10**12))
     with ShmQueue[Any](queue_name, allow_pickle=False) as plain:
         with pytest.raises(ShmQueueSerializationError, match="allow_pickle"):
             plain.reserve_array(3)
@@ -192,7 +205,7 @@ def test_a_waiting_one_gets_the_room_of_what_is_taken(q: ShmQueue[Any]) -> None:
 
 def test_as_many_as_the_table_holds_and_then_full(q: ShmQueue[Any]) -> None:
     rooms = [q.reserve(1) for _ in range(128)]
-    with pytest.raises(ShmQueueFull, match="128 reservations are open"):
+    with pytest.raises(ShmQueueFull, match=r"128 reservations are open.*yet"):
         q.reserve(1, block=False)
     with pytest.raises(ShmQueueFull, match=r"128 reservations.*within 0.05 s"):
         q.reserve(1, timeout=0.05)
@@ -274,9 +287,9 @@ def test_a_reserved_array_and_its_slices_are_unusable(q: ShmQueue[Any]) -> None:
 
 
 def test_what_could_still_write_there_is_an_error_and_nothing_is_put(q: ShmQueue[Any]) -> None:
-    kept = []
+    kept: deque[Any] = deque()  # whose references aren't looked for
     with (
-        pytest.raises(ShmQueueRuntimeError, match=f"{q.identifier}.*nothing was put.*view"),
+        pytest.raises(ShmQueueRuntimeError, match=f"{q.identifier}.*nothing was put.*shows"),
         q.reserve_array(IMAGE.shape, IMAGE.dtype) as array,
     ):
         kept.append(memoryview(array))  # has the array's address
@@ -413,7 +426,7 @@ def test_what_has_the_address_in_another_way_goes_on_and_keeps_the_memory(
     q: ShmQueue[Any], keep: Callable[[Any], Any]
 ) -> None:
     q.put(IMAGE)
-    kept = []
+    kept: deque[Any] = deque()  # whose references aren't looked for
     with q.lease(copy=False) as item:
         kept.append(keep(item))
         address = item.ctypes.data
@@ -429,9 +442,165 @@ def test_what_has_the_address_in_another_way_goes_on_and_keeps_the_memory(
     assert q.buffer_occupancy() == 0
 
 
+def rest_on(array: Any) -> Any:
+    """What an array's address is from in the end."""
+    while type(array) is np.ndarray and array.base is not None:
+        array = array.base
+    return array
+
+
+@pytest.mark.parametrize("by", ["variable", "hidden"])
+def test_an_array_made_by_address_and_its_memoryview(q: ShmQueue[Any], by: str) -> None:
+    q.put(bytes(range(200)))
+    kept: deque[Any] = deque()
+    with q.lease(copy=False) as item:
+        array: Any = np.ndarray((200,), "u1", buffer=item)
+        if by == "hidden":
+            kept.append(array)
+    fill(q)
+    if by == "variable":
+        assert is_unusable(array)
+    else:
+        assert (array == np.arange(200)).all()
+
+
+def test_what_an_array_rests_on_is_not_released_under_it(q: ShmQueue[Any]) -> None:
+    q.put(IMAGE)
+    kept: deque[Any] = deque()
+    with q.lease(copy=False) as item:
+        kept.append(item)
+        base = rest_on(item)
+    fill(q)
+    assert (kept[0] == IMAGE).all()
+    assert base.nbytes == IMAGE.nbytes
+
+
+def test_a_variable_that_functions_share_is_one_reference(q: ShmQueue[Any]) -> None:
+    q.put(IMAGE)
+    lease = q.lease(copy=False)
+    image = lease.item
+    kept: deque[Any] = deque([memoryview(image)])
+
+    def end() -> None:
+        assert image.shape == IMAGE.shape
+        lease.release()
+
+    end()
+    fill(q)
+    assert (np.asarray(kept[0]) == IMAGE).all()
+
+
+def test_views_stored_in_the_item_itself(q: ShmQueue[Any]) -> None:
+    q.put({"image": IMAGE})
+    with q.lease(copy=False) as item:
+        item["view"] = memoryview(item["image"])
+        item["words"] = struct.iter_unpack("I", item["image"][0])
+    fill(q)
+    assert is_released(item["view"])
+    assert [next(item["words"])[0] for _ in range(500)] == IMAGE[0].tolist()
+
+
+def test_elements_of_an_iterator_that_is_closed(q: ShmQueue[Any]) -> None:
+    with q.reserve_array((10, 10)) as array, np.nditer(array, op_flags=[["readwrite"]]) as iterator:
+        for element in iterator:
+            element[...] = 2
+    assert is_unusable(element)
+    assert (q.get_nowait() == 2).all()
+
+
+def test_lists_of_rows_in_a_variable(q: ShmQueue[Any]) -> None:
+    with q.reserve_array((10, 10)) as array:
+        rows = list(array)
+        for i, row in enumerate(rows):
+            row[:] = i
+    assert all(is_unusable(row) for row in rows)
+    assert q.get_nowait()[7, 7] == 7
+
+
+def test_at_module_level(q: ShmQueue[Any], queue_name: str) -> None:
+    code = (
+        "import sys, numpy; from shmqueue import ShmQueue\n"
+        "q = ShmQueue(sys.argv[1])\n"
+        "with q.reserve(100) as buffer:\n"
+        "    array = numpy.frombuffer(buffer, 'u1'); half = array[:50]; array[:] = 7\n"
+        "print(half)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, queue_name], check=True, capture_output=True, text=True)
+    assert "over" in done.stdout
+    assert q.get_nowait() == b"\x07" * 100
+
+
+def test_locals_that_the_program_has_stay(q: ShmQueue[Any]) -> None:
+    number = 5
+    found = locals()
+    q.put(IMAGE)
+    with q.lease(copy=False):
+        pass
+    assert found["number"] == number
+    assert found["q"] is q
+
+
+def test_threads_that_end_and_enter_one_lease(q: ShmQueue[Any]) -> None:
+    for _ in range(200):
+        q.put(IMAGE)
+        lease = q.lease(copy=False)
+
+        def enter(lease: Any = lease) -> None:
+            with contextlib.suppress(ShmQueueRuntimeError):
+                while True:
+                    lease.__enter__()
+
+        thread = threading.Thread(target=enter)
+        thread.start()
+        lease.release()
+        thread.join()
+    del thread, enter
+    assert q.buffer_occupancy() == 0
+
+
+def test_a_forked_childs_views_show_and_write_nothing(q: ShmQueue[Any]) -> None:
+    q.put(IMAGE)
+    lease, room = q.lease(copy=False), q.reserve(5000)
+    item, buffer = lease.item, room.buffer
+    pid = os.fork()
+    if pid == 0:
+        try:
+            assert not item.any()
+            buffer[:] = b"C" * 5000
+            q.put("from the child")
+            lease.__exit__(None, None, None)
+            q.shutdown()
+            assert not item.any()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert (item == IMAGE).all()
+    lease.release()
+    room.commit()
+    assert q.get_many() == [bytes(5000), "from the child"]
+
+
+def test_errors_that_are_kept_keep_no_memory(q: ShmQueue[Any]) -> None:
+    q.custom_serialize(lambda method, data: data)
+    q.put(b"abc", serialization_method=1001)
+    with pytest.raises(NotImplementedError) as info:
+        q.lease(copy=False)
+    assert q.buffer_occupancy() == 0
+    assert vars(info.value)["payload"] == b"abc"
+
+
+def test_cycles_are_collected(q: ShmQueue[Any], queue_name: str) -> None:
+    other = ShmQueue[Any](queue_name)
+    vars(other)["room"] = other.reserve(100)
+    del other
+    gc.collect()
+    assert (q.refs, q.buffer_occupancy()) == (1, 0)
+
+
 def test_slices_that_are_kept_elsewhere_go_on_and_keep_the_memory(q: ShmQueue[Any]) -> None:
     q.put(IMAGE)
-    kept = []
+    kept: deque[Any] = deque()  # whose references aren't looked for
     with q.lease(copy=False) as item:
         kept.append(item[7])
     assert is_unusable(item)
@@ -455,7 +624,7 @@ def test_views_outlive_shutdown(queue_name: str) -> None:
     with ShmQueue[Any](queue_name, buffer_size=SIZE) as other:
         q = ShmQueue[Any](queue_name)
         q.put_many([IMAGE, b"abc"])
-        kept = []
+        kept: deque[Any] = deque()  # whose references aren't looked for
         lease, second = q.lease(copy=False), q.lease(copy=False)
         kept.append(lease.item[5])
         q.shutdown()

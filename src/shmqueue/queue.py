@@ -13,7 +13,6 @@ import math
 import mmap
 import operator
 import os
-import sys
 import uuid
 from collections.abc import Callable, Iterator
 from itertools import chain
@@ -243,7 +242,7 @@ class ShmQueue(_core.Handle[T]):
             block, timeout: As for ``put()``.
         Raises:
             ShmQueueSerializationError: the queue has ``allow_pickle=False``, or the dtype holds objects.
-            And as ``reserve()`` does; numpy's own for a shape or dtype that can't be.
+            And as ``reserve()`` does; numpy's own for a dtype that can't be.
         """
         if not self._options["allow_pickle"]:
             raise exc.ShmQueueSerializationError(
@@ -254,6 +253,8 @@ class ShmQueue(_core.Handle[T]):
         except exc.ShmQueueException as error:
             error.args = (f"{self._who}: {error}",)
             raise
+        if layout.size + SIZE_HEADER > self._capacity:
+            self._too_big(layout.size + SIZE_HEADER)
         memory = self._reserve(layout.size, serialization.PICKLE_OUT_OF_BAND, block, timeout)
         return views.Reservation(self._who, memory, layout.array_in(memoryview(memory), memory.phase))
 
@@ -428,9 +429,6 @@ class ShmQueue(_core.Handle[T]):
             raise exc.ShmQueueRuntimeError(f"{self._who}: the lease is over: its item was released or given back")
         raise exc.ShmQueueRuntimeError(f"{self._who}: the lease is held by the process that this one was forked from")
 
-    def _let_go(self, memory: _core.Memory, item: list[Any]) -> None:
-        views.let_go(memory, item, sys._getframe(1))
-
     def _seconds(self, timeout: Any) -> float:
         kind = type(timeout)
         if not (hasattr(kind, "__float__") or hasattr(kind, "__index__")):
@@ -477,7 +475,8 @@ class ShmQueue(_core.Handle[T]):
             raise exc.ShmQueueEmpty(f"{self._who}: no item{within or ' there now'}")
         if status == _core.CLAIMED and size > 0:
             raise exc.ShmQueueFull(
-                f"{self._who}: nothing can be reserved: 128 reservations are open, and none has ended{within or ' yet'}"
+                f"{self._who}: nothing can be reserved: 128 reservations are open, or over but still shown by "
+                f"something, and none has ended{within or ' yet'}"
             )
         if status == _core.CLAIMED:
             raise exc.ShmQueueEmpty(

@@ -39,6 +39,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import math
+import operator
 import pickle
 import re
 import struct
@@ -91,6 +93,7 @@ ALIGNMENT = 64
 OUT_OF_BAND_SIZE = 32 * 1024
 
 MSGPACK_LEVELS = 1024
+_U64 = 2**64 - 1
 _CONTAINER_HEADS = bytes([*range(0x80, 0xA0), *range(0xDC, 0xE0)])
 
 _BYTES_TYPES = frozenset({bytes, bytearray, memoryview})
@@ -326,23 +329,22 @@ class ArrayLayout(NamedTuple):
     head: bytes
     """All before the array."""
 
-    template: Any
-    """An array of that shape, without memory to speak of."""
+    nbytes: int
+    shape: tuple[int, ...]
+    dtype: Any
+    order: str
 
     @property
     def size(self) -> int:
         """Bytes of the payload."""
-        nbytes: int = self.template.nbytes
-        return len(self.head) + nbytes + ALIGNMENT - 1
+        return len(self.head) + self.nbytes + ALIGNMENT - 1
 
     def array_in(self, payload: memoryview, phase: int) -> Any:
         """Write the head; return the array, which can be written to."""
-        numpy = sys.modules["numpy"]
-        like = self.template
-        start = len(self.head) + -(phase + len(self.head)) % ALIGNMENT
         payload[: len(self.head)] = self.head
-        flat = numpy.frombuffer(payload[start : start + like.nbytes], like.dtype)
-        return flat.reshape(like.shape, order="C" if like.flags.c_contiguous else "F")
+        start = len(self.head) + -(phase + len(self.head)) % ALIGNMENT
+        flat = sys.modules["numpy"].frombuffer(payload[start : start + self.nbytes], self.dtype)
+        return flat.reshape(self.shape, order=self.order)
 
 
 class _Reduced:
@@ -358,28 +360,43 @@ class _Reduced:
 def array_layout(shape: Any, dtype: Any, order: Any) -> ArrayLayout:
     """Return the layout of an array's payload.
 
+    Args:
+        shape: An int, or a sequence of them.
+        dtype: What ``numpy.dtype`` takes.
+        order: C or F.
+
     Raises:
-        ShmQueueSerializationError: it holds objects.
-        What ``numpy.empty`` raises.
+        ShmQueueSerializationError: it holds objects, or its elements have no bytes.
+        ShmQueueValueError: another order, or a negative dimension.
+        ShmQueueTypeError: a shape that is none.
+        What ``numpy.dtype`` raises.
     """
     import numpy
 
-    return _array_layout(tuple(shape) if isinstance(shape, Iterable) else shape, numpy.dtype(dtype), order)
+    try:
+        dimensions = tuple(map(operator.index, shape if isinstance(shape, Iterable) else (shape,)))
+    except TypeError:
+        raise ShmQueueTypeError(f"shape is an int or a sequence of them, not {shape!r}") from None
+    if min(dimensions, default=0) < 0:
+        raise ShmQueueValueError(f"shape {dimensions} has a negative dimension")
+    if order not in ("C", "F"):
+        raise ShmQueueValueError(f"order is 'C' or 'F', not {order!r}")
+    return _array_layout(dimensions, numpy.dtype(dtype), order)
 
 
 @functools.lru_cache(maxsize=64)
-def _array_layout(shape: Any, dtype: Any, order: Any) -> ArrayLayout:
+def _array_layout(shape: tuple[int, ...], dtype: Any, order: str) -> ArrayLayout:
     import numpy
 
-    template = numpy.empty(shape, dtype, order)
-    if template.dtype.hasobject:
-        raise ShmQueueSerializationError(f"an array of {template.dtype} holds objects and can't be reserved; put it")
-    flat: Any = template.reshape(-1, order="A").view("u1")
-    body = pickle.PickleBuffer(flat)
-    from_buffer = flat.__reduce_ex__(5)[0]  # what numpy pickles an array as; it would copy some dtypes into the pickle
-    reduced = _Reduced(from_buffer, (body, template.dtype, template.shape, order))
-    head = _joined_apart(pickle.dumps(reduced, 5, buffer_callback=lambda _: False), [body.raw()]).parts[0]
-    return ArrayLayout(head, template)
+    if dtype.hasobject or not dtype.itemsize:
+        what = "holds objects" if dtype.hasobject else "has no bytes"
+        raise ShmQueueSerializationError(f"an array of {dtype} {what} and can't be reserved; put it")
+    # What numpy pickles an array as; by itself it would copy some dtypes into the pickle.
+    from_buffer = numpy.empty(0, "u1").__reduce_ex__(5)[0]
+    reduced = _Reduced(from_buffer, (pickle.PickleBuffer(b""), dtype, shape, order))
+    pickled = pickle.dumps(reduced, 5, buffer_callback=lambda _: False)
+    nbytes = math.prod(shape) * dtype.itemsize
+    return ArrayLayout(struct.pack("<3Q", 1, len(pickled), nbytes & _U64) + pickled, nbytes, shape, dtype, order)
 
 
 def again(method: int, payload: bytes | memoryview, phase: int) -> Encoded:

@@ -22,6 +22,7 @@ struct handle {
     PyObject *pack_options;
     PyObject *kept;    /* list of errors that get_many() kept for the next calls, or NULL */
     PyObject *scratch; /* a bytearray for small payloads, while no get uses it */
+    Py_ssize_t n_memories; /* that are alive */
 };
 
 /* An object on its way into the ring. */
@@ -50,20 +51,23 @@ size_t codec_is_bytes(const struct shmq_in *in);
 /* The object of a payload that codec_copy() made. */
 PyObject *codec_decode(struct handle *self, uint32_t method, uint32_t phase, PyObject *payload);
 
-/* The bytes of a record in hand (memory.c), reserved or claimed. It holds the handle until it is over and nobody has a
- * view of it. */
+/* The bytes of a record in hand (memory.c), reserved or claimed, and the hand itself, as long as somebody refers to it. */
 struct memory {
     PyObject_HEAD struct handle *handle;
-    struct shmq_in in; /* in.hand < 0: let go of */
-    uint64_t process;  /* whose it is; in a forked child ending it does nothing */
-    Py_ssize_t exports;
+    struct shmq_in in;
+    uint64_t process; /* whose it is; in a forked child its end does nothing */
     bool is_reserved, is_over, is_done;
 };
 
 struct memory *memory_new(PyTypeObject *type, struct handle *handle, const struct shmq_in *in, bool is_reserved);
 
-/* It's over: commit or release it (done), abandon it or give it back, as soon as nobody has a view of it. */
+/* When nobody refers to it any more, commit or release the record (done), else abandon it or give it back. */
 void memory_end(struct memory *memory, bool is_done);
+
+/* The lease or reservation of the memory ends. Make unusable what shows it, as far as that is safe: what `item` holds,
+ * a list of the item, and what variables of the frame and of those that called it do. Never fails. Is it still shown? The
+ * caller has one reference to it. */
+bool views_let_go(PyObject *memory, PyObject *item, PyObject *frame);
 
 /* An item that is claimed (lease.c): it stays in the queue until it is released or given back. */
 struct lease {
@@ -71,7 +75,8 @@ struct lease {
     PyObject *item;   /* NULL while it isn't decoded */
     struct shmq_in in; /* in.hand < 0: the lease is over */
     uint64_t process; /* whose claim it is; in a forked child ending it does nothing */
-    struct memory *memory; /* what the item is a view of, and then the claim's holder; NULL for a copy */
+    bool is_in_place;
+    struct memory *memory; /* of an item in place, until the lease is over: what the item shows, and the claim's holder */
 };
 
 void lease_end(struct lease *lease, bool is_done);
@@ -83,6 +88,10 @@ struct module_state {
 };
 
 extern PyType_Spec handle_spec, lease_spec, memory_spec;
+
+/* end_reservation(held, is_done, frame): `held` is a list of the memory and the buffer, and is emptied. False: something
+ * still shows the memory, so that the reservation couldn't be committed. */
+PyObject *views_end_reservation(PyObject *module, PyObject *args);
 
 /* Functions of the module; their argument is a dict of weak references to handles. */
 PyObject *handles_before_fork(PyObject *module, PyObject *handles);

@@ -678,8 +678,7 @@ static int bury(struct handle *self, struct lease *lease)
         done = PyObject_CallMethod(PyTuple_GET_ITEM(letter, 0), "put_nowait", "(O)", PyTuple_GET_ITEM(letter, 1));
     if (done != NULL) {
         lease_end(lease, true);
-        Py_SETREF(done, PyObject_CallMethod((PyObject *)self, "_tell_buried", "nI", PyBytes_GET_SIZE(payload),
-                                            in->deliveries));
+        Py_SETREF(done, PyObject_CallMethod((PyObject *)self, "_tell_buried", "II", in->len, in->deliveries));
     }
     Py_XDECREF(payload);
     Py_XDECREF(letter);
@@ -696,6 +695,13 @@ static PyObject *to_object_in_place(struct handle *self, struct memory *memory)
     if (payload != NULL && head > 0)
         object = PySequence_GetSlice(payload, (Py_ssize_t)head, (Py_ssize_t)memory->in.len);
     else if (payload != NULL)
+        object = codec_decode(self, memory->in.method, memory->in.phase, payload);
+    Py_XDECREF(payload);
+    if (object != NULL || !is_undecodable())
+        return object;
+    PyErr_Clear(); /* its frames hold on to the memory; so once more, from a copy */
+    payload = codec_copy(&memory->in);
+    if (payload != NULL)
         object = codec_decode(self, memory->in.method, memory->in.phase, payload);
     Py_XDECREF(payload);
     return object;
@@ -718,7 +724,8 @@ static int fill_lease(struct handle *self, struct lease *lease, const struct lea
         lease->item = to_object(self, &one);
     } else {
         lease->memory = memory_new(options->memory_type, self, &lease->in, false);
-        if (lease->memory != NULL)
+        lease->is_in_place = lease->memory != NULL;
+        if (lease->is_in_place)
             lease->item = to_object_in_place(self, lease->memory);
     }
     return lease->item != NULL ? 0 : -1;
@@ -1051,7 +1058,10 @@ static void before(struct handle *self) { shmq_fork_before(self->q); }
 static void in_parent(struct handle *self) { shmq_fork_parent(self->q); }
 static void in_child(struct handle *self)
 {
-    Py_CLEAR(self->kept);     /* the parent's to raise */
+    Py_CLEAR(self->kept); /* the parent's to raise */
+    if (self->n_memories > 0)
+        shmq_fork_move(self->q); /* the parent's views are here too, and show nothing now */
+    self->n_memories = 0;
     shmq_fork_child(self->q); /* where it fails, the first call attaches */
 }
 

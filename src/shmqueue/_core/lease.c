@@ -7,27 +7,35 @@
 void lease_end(struct lease *lease, bool is_done)
 {
     struct shmq_in in = lease->in;
-    lease->in.hand = -1;
-    if (lease->memory != NULL)
-        memory_end(lease->memory, is_done);
-    else if (shmq_process() == lease->process)
+    struct memory *memory = lease->memory;
+    lease->in.hand = -1; /* first: it ends once, whoever comes in between */
+    lease->memory = NULL;
+    if (memory != NULL) {
+        memory_end(memory, is_done);
+        Py_DECREF(memory);
+    } else if (in.hand >= 0 && !lease->is_in_place && shmq_process() == lease->process) {
         handle_end_hand(lease->handle, &in, is_done);
+    }
 }
 
-/* The lease is about to end: what of the item can be made unusable is, so that its memory can be used again. */
-static int let_go_of_views(struct lease *lease)
+/* At the user's word, in whose frame we are. */
+static void end_for_the_user(struct lease *lease, bool is_done)
 {
-    if (lease->memory == NULL || lease->item == NULL || lease->in.hand < 0)
-        return 0;
-    PyObject *item = PyList_New(1);
-    if (item == NULL)
-        return -1;
-    PyList_SET_ITEM(item, 0, lease->item);
+    struct memory *memory = lease->memory;
+    PyObject *item = memory != NULL && shmq_process() == lease->process ? PyList_New(1) : NULL;
+    if (item == NULL) {
+        PyErr_Clear();
+        lease_end(lease, is_done);
+        return;
+    }
+    lease->in.hand = -1;
+    lease->memory = NULL;
+    PyList_SET_ITEM(item, 0, lease->item != NULL ? lease->item : Py_NewRef(Py_None));
     lease->item = NULL;
-    PyObject *none = PyObject_CallMethod((PyObject *)lease->handle, "_let_go", "OO", lease->memory, item);
+    views_let_go((PyObject *)memory, item, (PyObject *)PyEval_GetFrame());
+    memory_end(memory, is_done);
     Py_DECREF(item);
-    Py_XDECREF(none);
-    return none != NULL ? 0 : -1;
+    Py_DECREF(memory);
 }
 
 /* Raise unless the item is still claimed, and by this process. 0, or -1 with an exception. */
@@ -45,10 +53,7 @@ static PyObject *end_now(struct lease *lease, bool is_done)
 {
     if (must_hold(lease) < 0)
         return NULL;
-    int rc = let_go_of_views(lease);
-    lease_end(lease, is_done);
-    if (rc < 0)
-        return NULL;
+    end_for_the_user(lease, is_done);
     Py_RETURN_NONE;
 }
 
@@ -62,16 +67,13 @@ static PyObject *lease_enter(struct lease *lease, PyObject *Py_UNUSED(none))
 
 static PyObject *lease_exit(struct lease *lease, PyObject *const *args, Py_ssize_t nargs)
 {
-    int rc = let_go_of_views(lease);
-    lease_end(lease, nargs > 0 && args[0] == Py_None);
-    if (rc < 0)
-        return NULL;
+    end_for_the_user(lease, nargs > 0 && args[0] == Py_None);
     Py_RETURN_NONE;
 }
 
 static PyObject *lease_item(struct lease *lease, void *Py_UNUSED(closure))
 {
-    if (lease->item == NULL && lease->memory != NULL && must_hold(lease) < 0)
+    if (lease->item == NULL && lease->is_in_place && must_hold(lease) < 0)
         return NULL;
     return Py_NewRef(lease->item != NULL ? lease->item : Py_None); /* none: the garbage collector cleared it */
 }
@@ -98,13 +100,14 @@ static int lease_traverse(struct lease *lease, visitproc visit, void *arg)
     Py_VISIT(Py_TYPE(lease));
     Py_VISIT(lease->handle);
     Py_VISIT(lease->item);
+    Py_VISIT(lease->memory);
     return 0;
 }
 
 static int lease_clear(struct lease *lease)
 {
     lease_end(lease, false); /* while the handle is there */
-    Py_CLEAR(lease->item);
+    Py_CLEAR(lease->item); /* in place, the record is in hand until here */
     return 0;
 }
 
@@ -113,7 +116,6 @@ static void lease_dealloc(struct lease *lease)
     PyTypeObject *type = Py_TYPE(lease);
     PyObject_GC_UnTrack(lease);
     lease_clear(lease);
-    Py_CLEAR(lease->memory);
     Py_CLEAR(lease->handle);
     type->tp_free(lease);
     Py_DECREF(type);

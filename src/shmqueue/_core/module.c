@@ -57,6 +57,7 @@ static int clear(PyObject *module)
 static void free_module(void *module) { clear(module); }
 
 static PyMethodDef functions[] = {
+    {"end_reservation", views_end_reservation, METH_VARARGS, NULL},
     {"before_fork", handles_before_fork, METH_O, NULL},
     {"after_fork_in_parent", handles_after_fork_in_parent, METH_NOARGS, NULL},
     {"after_fork_in_child", handles_after_fork_in_child, METH_NOARGS, NULL},
