@@ -692,6 +692,34 @@ def test_many_in_place_between_processes(q: ShmQueue[Any], queue_name: str) -> N
     assert q.buffer_occupancy() == 0
 
 
+# ---- torch, where it is installed
+
+
+def test_tensors_go_like_arrays(q: ShmQueue[Any]) -> None:
+    torch = pytest.importorskip("torch")
+    tensor = torch.arange(100_000, dtype=torch.float32).reshape(100, 1000)
+    q.put({"tensor": tensor, "row": tensor[1], "t": 1.5})
+    assert q.buffer_occupancy() < 4 * 101_000 + 1000  # a row is no more than a row
+    got = q.get()
+    assert torch.equal(got["tensor"], tensor)
+    assert torch.equal(got["row"], tensor[1])
+    got["tensor"][0, 0] = 7  # it is the taker's own
+    for odd in (tensor.T, tensor.to(torch.bfloat16), torch.zeros(3, requires_grad=True), torch.eye(3).to_sparse()):
+        q.put(odd)
+        back = q.get()
+        assert (back.dtype, back.shape, back.requires_grad) == (odd.dtype, odd.shape, odd.requires_grad)
+        assert torch.equal(back.to_dense(), odd.to_dense())
+    q.put(tensor)
+    with q.lease(copy=False) as leased:
+        assert torch.equal(leased, tensor)
+        assert q.buffer_occupancy() > tensor.nbytes
+    kept = leased[5]
+    assert torch.equal(kept, tensor[5])  # the record stays in hand as long as a tensor shows it
+    assert q.buffer_occupancy() > tensor.nbytes
+    del kept, leased
+    assert q.buffer_occupancy() == 0
+
+
 # ---- pages at hand
 
 

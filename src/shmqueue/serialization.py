@@ -37,7 +37,9 @@ first byte modulo 64, a buffer begins at ``cursor + -(phase + cursor) % 64``.
 from __future__ import annotations
 
 import contextlib
+import copyreg
 import functools
+import importlib
 import io
 import math
 import operator
@@ -304,7 +306,7 @@ def _pickle_apart(data: Any, strict_types: bool) -> Encoded:
         return False
 
     try:
-        pickled = pickle.dumps(data, 5, buffer_callback=is_in_band)
+        pickled = _dumps(data, is_in_band)
     except TypeError:  # a memoryview, perhaps
         if strict_types:
             raise
@@ -315,6 +317,47 @@ def _pickle_apart(data: Any, strict_types: bool) -> Encoded:
     if not buffers:
         return Encoded(SerializationMethods.PICKLE, False, (pickled,))
     return _joined_apart(pickled, buffers)
+
+
+def _dumps(data: Any, is_in_band: Callable[[pickle.PickleBuffer], bool]) -> bytes:
+    torch = sys.modules.get("torch")
+    if torch is None or not hasattr(torch, "Tensor"):  # it isn't there, or just being imported
+        return pickle.dumps(data, 5, buffer_callback=is_in_band)
+    file = io.BytesIO()
+    pickler = pickle.Pickler(file, 5, buffer_callback=is_in_band)
+    reducers: dict[type, Callable[[Any], Any]] = {torch.Tensor: _reduce_tensor}
+    pickler.dispatch_table = {**copyreg.dispatch_table, **reducers}
+    pickler.dump(data)
+    return file.getvalue()
+
+
+def _reduce_tensor(tensor: Any) -> Any:
+    """Reduce a tensor on the CPU to an array, whose buffer goes out of band; torch would copy its whole storage."""
+    if tensor.requires_grad or tensor.device.type != "cpu" or vars(tensor):
+        return tensor.__reduce_ex__(5)
+    try:
+        array = tensor.numpy()
+    except (TypeError, RuntimeError):  # sparse, conjugated, bfloat16, ...
+        return tensor.__reduce_ex__(5)
+    return tensor_of, (array,)
+
+
+def tensor_of(array: Any) -> Any:
+    """Return a tensor on the array's memory. torch knows no read-only ones: who writes to a leased one changes the item
+    for whom it is delivered to next."""
+    import numpy
+
+    torch = importlib.import_module("torch")
+    return torch.from_numpy(array if array.flags.writeable else numpy.asarray(_Writable(array)))
+
+
+class _Writable:
+    """An array's memory, to numpy, as if it could be written to; torch warns of any that can't."""
+
+    def __init__(self, array: Any) -> None:
+        interface = array.__array_interface__
+        self.__array_interface__ = interface | {"data": (interface["data"][0], False)}
+        self._array = array  # keeps the memory
 
 
 def _joined_apart(pickled: bytes | memoryview, buffers: list[memoryview]) -> Encoded:

@@ -131,7 +131,8 @@ static void see_container(struct search *s, PyObject *container)
 }
 
 /* The variables of a function that are its alone. Before CPython 3.13 `locals` is a copy that the frame keeps, as a dict:
- * what is found is deleted from it, so that it doesn't count, unless it was counted as a container. */
+ * what is found is deleted from it, so that it doesn't count, unless it was counted as a container. And all of it is
+ * deleted where nobody else has it, as it would keep what the variables let go of. */
 static void see_variables(struct search *s, PyObject *code, PyObject *locals)
 {
     PyObject *names = attribute(code, "co_varnames"), *cells = attribute(code, "co_cellvars");
@@ -147,6 +148,8 @@ static void see_variables(struct search *s, PyObject *code, PyObject *locals)
         }
         PyErr_Clear(); /* a name without a value */
     }
+    if (is_copy && Py_REFCNT(locals) == 3) /* the frame's, the caller's, and that of s->containers */
+        PyDict_Clear(locals);
     Py_XDECREF(names);
     Py_XDECREF(cells);
 }
