@@ -242,11 +242,11 @@ SHMQ_COLD static void begin_reserved(struct shmq *q, const struct shmq_record *r
     SHMQ_FAILPOINT("put:unlocked"); /* dies here, or while copying: swept to abandoned; put() had not returned */
 }
 
-SHMQ_COLD static void end_reserved(struct shmq *q, uint64_t pos, int32_t hand, enum shmq_state state)
+SHMQ_COLD static void commit(struct shmq *q, uint64_t pos, int32_t hand)
 {
     SHMQ_FAILPOINT("put:filled");
-    shmq_ring_set_state(&q->ring, pos, state);
-    SHMQ_FAILPOINT("put:committed"); /* dies here: delivered, if it's committed; the entry is swept */
+    shmq_ring_set_state(&q->ring, pos, SHMQ_COMMITTED);
+    SHMQ_FAILPOINT("put:committed"); /* dies here: delivered; the entry is swept */
     shmq_hands_free(&q->reservations, hand);
     atomic_thread_fence(memory_order_seq_cst); /* [W2] */
 }
@@ -280,7 +280,7 @@ static int put_locked(struct shmq *q, const struct shmq_out *outs, uint32_t n, u
                 break; /* it comes next, by itself */
             begin_reserved(q, &record, next);
             shmq_ring_fill(&q->ring, record.pos, &outs[0]);
-            end_reserved(q, record.pos, hand, SHMQ_COMMITTED);
+            commit(q, record.pos, hand);
             *done = 1;
             return SHMQ_OK;
         }
@@ -692,7 +692,7 @@ void shmq_commit(struct shmq *q, const struct shmq_in *room)
 {
     if (q->is_cut)
         return;
-    end_reserved(q, room->pos, room->hand, SHMQ_COMMITTED);
+    commit(q, room->pos, room->hand);
     after_put(q);
 }
 
@@ -700,8 +700,12 @@ void shmq_abandon(struct shmq *q, const struct shmq_in *room)
 {
     if (q->is_cut)
         return;
-    end_reserved(q, room->pos, room->hand, SHMQ_ABANDONED);
-    sweep_consuming(q, SWEEP_LOCK_NS); /* so that its bytes are free again soon */
+    shmq_ring_set_state(&q->ring, room->pos, SHMQ_ABANDONED);
+    SHMQ_FAILPOINT("abandon:marked"); /* dies here: swept to the same */
+    shmq_hands_give_back(&q->reservations, room->hand); /* until get_pos has passed it, so that it isn't counted */
+    atomic_thread_fence(memory_order_seq_cst);
+    sweep_consuming(q, SWEEP_LOCK_NS); /* its bytes are free again, if nothing lies before it */
+    sweep_producing(q, SWEEP_LOCK_NS);
 }
 
 /* ---- wait */

@@ -272,6 +272,7 @@ class Player:
             self.queue.lease,
             timeout=timeout,
             max_deliveries=most,
+            copy=self.rng.random() < 0.5,
         )
         if lease is not None:
             self.leases.append(lease)
@@ -295,6 +296,25 @@ class Player:
             self.call("leave a lease by an error", 0, (), lease.__exit__, KeyError, KeyError(), None)
         else:
             lease = None  # given back by being forgotten
+
+    def reserve(self) -> None:
+        rng, timeout = self.rng, self.timeout()
+        size = rng.choice((0, 1, 100, 5000, self.size // 2, self.size))
+        room = self.call("reserve", timeout, PUT, self.queue.reserve, size, timeout=timeout)
+        if room is None:
+            return
+        buffer = room.buffer
+        buffer[: size // 2] = bytes(size // 2)
+        if rng.random() < 0.3:
+            self.call("put while one is reserved", 0, PUT, self.queue.put, 1, block=False)
+        how = rng.randrange(4)
+        if how == 0:
+            self.call("commit", 0, (), room.commit)
+            self.call("commit again", 0, (exceptions.ShmQueueRuntimeError,), room.commit, message="is over")
+        elif how == 1:
+            self.call("abandon", 0, (), room.abandon)
+        elif how == 2:
+            self.call("leave a reservation by an error", 0, (), room.__exit__, KeyError, KeyError(), None)
 
     def look(self) -> None:
         q = self.queue
@@ -379,7 +399,7 @@ class Player:
 
 MOVES_BY_WEIGHT: dict[Callable[[Player], None], int] = {
     Player.put: 20, Player.put_nowait: 10, Player.put_by_own_method: 4, Player.put_many: 5,
-    Player.get: 14, Player.get_nowait: 12, Player.get_many: 8, Player.lease: 14,
+    Player.get: 14, Player.get_nowait: 12, Player.get_many: 8, Player.lease: 14, Player.reserve: 6,
     Player.look: 10, Player.count_references: 2, Player.check: 2, Player.clear: 1,
     Player.come_and_go: 2, Player.fork: 1,
 }  # fmt: skip

@@ -596,6 +596,28 @@ static void test_item_put_behind_a_passed_reservation_comes_at_the_first_try(voi
     done();
 }
 
+static void test_abandoned_reservation_among_items_is_none_of_them(void)
+{
+    struct shmq_info info;
+    q = attach(8 * PAGE);
+    puts_ok(q, 1, 10);
+    struct shmq_in room = reserve(2, 100), more = reserve(3, 5);
+    puts_ok(q, 4, 10);
+    shmq_abandon(q, &room);
+    CHECK_EQ(shmq_info(q, &info), SHMQ_OK);
+    CHECK_EQ(info.qsize, 2);
+    shmq_abandon(q, &more);
+    gets(q, 1);
+    CHECK_EQ(shmq_info(q, &info), SHMQ_OK);
+    CHECK_EQ(info.qsize, 1);
+    CHECK_EQ(broken_invariants(q), 0);
+    gets(q, 4);
+    is_empty();
+    shmq_sweep(q);
+    CHECK(!shmq_is_in_hand(q));
+    done();
+}
+
 static void test_abandoned_reservation_never_comes_and_its_bytes_are_free_at_once(void)
 {
     for (int is_passed = 0; is_passed < 2; is_passed++) {
@@ -1418,6 +1440,7 @@ static const struct test tests[] = {
     TEST(test_leases_beyond_the_table_wait_for_one_that_ends),
     TEST(test_items_behind_a_reservation_are_not_held_up_and_it_comes_when_committed),
     TEST(test_item_put_behind_a_passed_reservation_comes_at_the_first_try),
+    TEST(test_abandoned_reservation_among_items_is_none_of_them),
     TEST(test_abandoned_reservation_never_comes_and_its_bytes_are_free_at_once),
     TEST(test_reservations_beyond_the_table_wait_for_one_that_ends),
     TEST(test_full_tables_hold_everything_up_to_the_last_entry),
