@@ -476,6 +476,15 @@ static int keep_error(struct handle *self)
     return rc;
 }
 
+/* The object of a small payload that was copied to the scratch; bytes are taken from where they are. */
+static PyObject *small_to_object(struct handle *self, struct shmq_in *in, PyObject *scratch)
+{
+    if (codec_is_bytes(in))
+        return to_object(self, in);
+    set_scratch_size(scratch, in->len);
+    return codec_decode(self, in->method, in->phase, scratch);
+}
+
 /* Take one object. NULL with *status: a status, or -1 for an exception. */
 static PyObject *get_one(struct handle *self, const struct wait *w, uint64_t *deadline, int *status)
 {
@@ -486,12 +495,7 @@ static PyObject *get_one(struct handle *self, const struct wait *w, uint64_t *de
         return NULL;
     uint8_t *start = (uint8_t *)PyByteArray_AS_STRING(scratch);
     if ((*status = take(self, start, &in, w, deadline)) == SHMQ_OK) {
-        if (in.payload != start || codec_is_bytes(&in)) {
-            object = to_object(self, &in);
-        } else {
-            set_scratch_size(scratch, in.len);
-            object = codec_decode(self, in.method, in.phase, scratch);
-        }
+        object = in.payload != start ? to_object(self, &in) : small_to_object(self, &in, scratch);
         if (object == NULL)
             *status = -1;
     }
@@ -561,7 +565,13 @@ static int append_batch(struct handle *self, PyObject *list, const struct shmq_i
     for (; i < n && rc == 0; i++) {
         struct shmq_in one = in[i];
         one.hand = -1; /* the batch is let go of as a whole */
-        PyObject *object = to_object(self, &one);
+        PyObject *scratch = borrow_scratch(self), *object = NULL;
+        if (scratch != NULL) {
+            if (!codec_is_bytes(&one))
+                memcpy(PyByteArray_AS_STRING(scratch), one.payload, one.len);
+            object = small_to_object(self, &one, scratch);
+            return_scratch(self, scratch);
+        }
         rc = object == NULL ? -1 : PyList_Append(list, object);
         Py_XDECREF(object);
         if (shmq_process() != process)
