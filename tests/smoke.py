@@ -48,6 +48,64 @@ def big_items() -> None:
             assert q.get() == b"small"
 
 
+def items_in_place() -> None:
+    with ShmQueue[object](NAME, buffer_size=1 << 20, prefault=True) as q:
+        for size in (0, 1, 300, 5000, 100_000):
+            for ends in range(4):
+                room = q.reserve(size)
+                part = memoryview(room.buffer)[: size // 2]
+                part[:] = bytes(size // 2)
+                room.buffer[size // 2 :] = bytes(size - size // 2)
+                if ends == 0:
+                    room.abandon()
+                    continue
+                del part
+                room.commit()
+                lease = q.lease(copy=False)
+                view = lease.item
+                kept = memoryview(view)
+                assert bytes(kept) == bytes(size)
+                if ends == 1:
+                    lease.release()
+                elif ends == 2:
+                    lease.give_back()
+                    assert q.get() == bytes(size)
+                del lease, view, kept
+                q.clear()
+        with q.reserve(5000) as buffer:
+            buffer[:] = bytes(5000)
+            child = os.fork()
+            if child == 0:
+                buffer[:] = b"C" * 5000  # goes nowhere
+                q.put("from the child")
+                q.shutdown()
+                os._exit(0)
+            assert os.waitpid(child, 0)[1] == 0
+        assert q.get_many(2) == [bytes(5000), "from the child"]
+
+
+def arrays_in_place() -> None:
+    try:
+        import numpy
+    except ImportError:
+        return
+    with ShmQueue[object](NAME, buffer_size=1 << 20) as q:
+        for shape in ((50_000,), (100, 300, 2)):
+            with q.reserve_array(shape, "f4") as array:
+                rows, again = list(array), numpy.frombuffer(memoryview(array).cast("B"), "f4")
+                array[:] = 1.5
+            assert array.shape == again.shape == () == rows[0].shape
+            q.put({"frames": [q.get(), numpy.ones(shape)], "t": 1})
+            with q.lease(copy=False) as item:
+                first, second = item["frames"]  # type: ignore[index]
+                kept = iter(second)
+                assert first.sum() * 2 == second.sum() * 3
+            assert (first.shape, second.shape) == ((), shape)
+            assert q.buffer_occupancy() > 0
+            del kept, second, item
+            assert q.buffer_occupancy() == 0
+
+
 def refusals() -> None:
     with ShmQueue[object](NAME, allow_pickle=False) as q:
         for wrong, error in [
@@ -130,6 +188,8 @@ def main() -> None:
     for part in (
         types_and_laps,
         big_items,
+        items_in_place,
+        arrays_in_place,
         refusals,
         custom_methods,
         threads_share_a_handle,

@@ -10,9 +10,9 @@
  * counted once: containers are remembered, and variables that functions share (cells) don't count. */
 #include "binding.h"
 
-#define MAX_FOUND 64
+#define MAX_FOUND 1000
 #define MAX_CONTAINERS 256
-#define MAX_SLOTS 20000
+#define MAX_SLOTS 4096 /* of one container; larger ones aren't looked into */
 #define MAX_FRAMES 20
 #define ROUNDS 8 /* what is unusable lets go of its base, which then may be too */
 
@@ -23,7 +23,7 @@ struct search {
         Py_ssize_t slots;
     } found[MAX_FOUND];
     PyObject *containers[MAX_CONTAINERS];
-    int n_found, n_containers, n_slots;
+    int n_found, n_containers;
 };
 
 /* A new reference, or NULL without an exception. */
@@ -82,15 +82,9 @@ static bool remember(struct search *s, PyObject *container)
 
 static void see_container(struct search *s, PyObject *container);
 
-/* A slot of a container, or a variable. */
+/* A slot of a container, or a variable, in which is an array or memoryview. */
 static void see(struct search *s, PyObject *object)
 {
-    if (++s->n_slots > MAX_SLOTS)
-        return;
-    if (!is_view(s, object)) {
-        see_container(s, object);
-        return;
-    }
     int i = 0;
     while (i < s->n_found && s->found[i].object != object)
         i++;
@@ -115,19 +109,52 @@ static PyObject *plain_dict(PyObject *object)
     return dict;
 }
 
+static void see_slots(struct search *s, PyObject *container, bool want_views)
+{
+    PyObject *value;
+    if (PyDict_CheckExact(container)) {
+        for (Py_ssize_t i = 0; PyDict_Next(container, &i, NULL, &value);)
+            if (is_view(s, value) == want_views)
+                (want_views ? see : see_container)(s, value);
+        return;
+    }
+    for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(container); i++) {
+        value = PySequence_Fast_GET_ITEM(container, i);
+        if (is_view(s, value) == want_views)
+            (want_views ? see : see_container)(s, value);
+    }
+}
+
 static void see_container(struct search *s, PyObject *container)
 {
-    PyObject *dict = PyDict_CheckExact(container) ? Py_NewRef(container) : NULL, *value;
-    bool is_sequence = PyList_CheckExact(container) || PyTuple_CheckExact(container);
-    if (dict == NULL && !is_sequence && (dict = plain_dict(container)) == NULL)
-        return;
-    if (remember(s, dict != NULL ? dict : container)) {
-        for (Py_ssize_t i = 0; dict != NULL && PyDict_Next(dict, &i, NULL, &value);)
-            see(s, value);
-        for (Py_ssize_t i = 0; is_sequence && i < PySequence_Fast_GET_SIZE(container); i++)
-            see(s, PySequence_Fast_GET_ITEM(container, i));
+    bool is_plain = PyDict_CheckExact(container) || PyList_CheckExact(container) || PyTuple_CheckExact(container);
+    PyObject *slots = is_plain ? Py_NewRef(container) : plain_dict(container);
+    if (slots != NULL && PyObject_Size(slots) <= MAX_SLOTS && remember(s, slots)) {
+        see_slots(s, slots, true);
+        see_slots(s, slots, false);
     }
-    Py_XDECREF(dict);
+    Py_XDECREF(slots);
+}
+
+/* Make unusable what is only referred to by the slots that were seen. */
+static void act(struct search *s)
+{
+    bool has_changed = true;
+    for (int round = 0; round < ROUNDS && has_changed; round++) {
+        has_changed = false;
+        for (int i = 0; i < s->n_found; i++) {
+            PyObject *object = s->found[i].object;
+            if (Py_REFCNT(object) != s->found[i].slots + 1 || !shows(s, object))
+                continue;
+            PyObject *none = PyMemoryView_Check(object)
+                                 ? PyObject_CallMethod(object, "release", NULL)
+                                 : PyObject_CallMethod(object, "__setstate__", "(O)", s->unusable);
+            has_changed = none != NULL;
+            if (none == NULL)
+                PyErr_Clear(); /* somebody has a view of the view */
+            Py_XDECREF(none);
+        }
+    }
 }
 
 /* The variables of a function that are its alone. Before CPython 3.13 `locals` is a copy that the frame keeps, as a dict:
@@ -137,16 +164,18 @@ static void see_variables(struct search *s, PyObject *code, PyObject *locals)
 {
     PyObject *names = attribute(code, "co_varnames"), *cells = attribute(code, "co_cellvars");
     bool is_copy = PyDict_CheckExact(locals) && remember(s, locals);
-    for (Py_ssize_t i = 0; names != NULL && cells != NULL && i < PyTuple_GET_SIZE(names); i++) {
-        PyObject *name = PyTuple_GET_ITEM(names, i);
-        PyObject *value = PySequence_Contains(cells, name) == 0 ? PyObject_GetItem(locals, name) : NULL;
-        if (value != NULL) {
-            see(s, value);
-            if (is_copy && is_view(s, value) && shows(s, value))
+    for (int pass = 0; names != NULL && cells != NULL && pass < 2 && Py_REFCNT(s->memory) > 1; pass++) {
+        for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(names); i++) {
+            PyObject *name = PyTuple_GET_ITEM(names, i);
+            PyObject *value = PySequence_Contains(cells, name) == 0 ? PyObject_GetItem(locals, name) : NULL;
+            if (value != NULL && is_view(s, value) == (pass == 0))
+                (pass == 0 ? see : see_container)(s, value);
+            if (value != NULL && pass == 0 && is_copy && is_view(s, value) && shows(s, value))
                 PyDict_DelItem(locals, name);
-            Py_DECREF(value);
+            Py_XDECREF(value);
+            PyErr_Clear(); /* a name without a value */
         }
-        PyErr_Clear(); /* a name without a value */
+        act(s);
     }
     if (is_copy && Py_REFCNT(locals) == 3) /* the frame's, the caller's, and that of s->containers */
         PyDict_Clear(locals);
@@ -169,27 +198,6 @@ static PyObject *see_frame(struct search *s, PyObject *frame)
     Py_XDECREF(locals);
     Py_XDECREF(flags);
     return attribute(frame, "f_back");
-}
-
-/* Make unusable what is only referred to by the slots that were seen. */
-static void act(struct search *s)
-{
-    bool has_changed = true;
-    for (int round = 0; round < ROUNDS && has_changed; round++) {
-        has_changed = false;
-        for (int i = 0; i < s->n_found; i++) {
-            PyObject *object = s->found[i].object;
-            if (Py_REFCNT(object) != s->found[i].slots + 1 || !shows(s, object))
-                continue;
-            PyObject *none = PyMemoryView_Check(object)
-                                 ? PyObject_CallMethod(object, "release", NULL)
-                                 : PyObject_CallMethod(object, "__setstate__", "(O)", s->unusable);
-            has_changed = none != NULL;
-            if (none == NULL)
-                PyErr_Clear(); /* somebody has a view of the view */
-            Py_XDECREF(none);
-        }
-    }
 }
 
 /* (1, (), dtype(object), False, [text]): the state of an array without dimensions. Needs numpy; NULL: it isn't there. */
