@@ -36,7 +36,7 @@ from .processes import FORK, Progress, machine, number_from, signals_blocked, si
 from .queue import ShmQueue
 
 __all__ = [
-    "CANDIDATES", "Candidate", "Failed", "Outcome", "Port", "Unable", "Workload", "add_command", "candidates",
+    "CANDIDATES", "MAKERS", "Candidate", "Failed", "Outcome", "Port", "Unable", "Workload", "add_command", "candidates",
     "compare", "table", "turn", "workloads",
 ]  # fmt: skip
 
@@ -112,23 +112,35 @@ def in_place(image: Any) -> Workload:
     return Workload(f"frame-in-place-{size}", image, size=image.nbytes, only="shmqueue, reserve_array")
 
 
-def workloads() -> dict[str, Workload]:
-    """The usual ones, by name; those of frames where numpy is installed."""
-    found = [
-        Workload("dict-1:1", DICT),
-        Workload("bytes-1:1", bytes(range(100))),
-        Workload("dict-4:4", DICT, 4, 4),
-        Workload("dict-1:1-batch", DICT, batch=100, get_batch=100),
-        Workload("dict-alone", DICT, consumers=0),
-        Workload("ping-pong", DICT, pause_s=0.0),
-        Workload("ping-pong-paced", DICT, pause_s=PACED_S),
-    ]
-    with suppress(ModuleNotFoundError):
-        image = frame(*FRAME_SHAPE)
-        found.append(Workload("frame-1:1", image, size=image.nbytes))
-        found.append(Workload("frame-read-1:1", image, size=image.nbytes, bytes_read=True))
-        found += [in_place(frame(*shape)) for shape in ((65536,), FRAME_SHAPE)]
-    return {workload.name: workload for workload in found}
+def frames(name: str, bytes_read: bool = False) -> Workload:
+    """Frames of a camera."""
+    image = frame(*FRAME_SHAPE)
+    return Workload(name, image, size=image.nbytes, bytes_read=bytes_read)
+
+
+MAKERS: dict[str, Callable[[], Workload]] = {
+    "dict-1:1": lambda: Workload("dict-1:1", DICT),
+    "bytes-1:1": lambda: Workload("bytes-1:1", bytes(range(100))),
+    "dict-4:4": lambda: Workload("dict-4:4", DICT, 4, 4),
+    "dict-1:1-batch": lambda: Workload("dict-1:1-batch", DICT, batch=100, get_batch=100),
+    "dict-alone": lambda: Workload("dict-alone", DICT, consumers=0),
+    "ping-pong": lambda: Workload("ping-pong", DICT, pause_s=0.0),
+    "ping-pong-paced": lambda: Workload("ping-pong-paced", DICT, pause_s=PACED_S),
+    "frame-1:1": lambda: frames("frame-1:1"),
+    "frame-read-1:1": lambda: frames("frame-read-1:1", bytes_read=True),
+    "frame-in-place-64KiB": lambda: in_place(frame(65536)),
+    "frame-in-place-6075KiB": lambda: in_place(frame(*FRAME_SHAPE)),
+}
+"""Make a workload; those of frames raise ``ModuleNotFoundError`` without numpy."""
+
+
+def workloads(names: Collection[str] = MAKERS) -> dict[str, Workload]:
+    """Those of them that can be made here."""
+    found = {}
+    for name in names:
+        with suppress(ModuleNotFoundError):
+            found[name] = MAKERS[name]()
+    return found
 
 
 # ---- the queues
@@ -778,7 +790,7 @@ def compare(
         try:
             return turn(makers[label], workload, count, is_checked)
         except (Failed, Unable, ModuleNotFoundError, OSError) as error:
-            failures[label] = str(error)
+            failures[label] = f"not installed: {error}" if isinstance(error, ModuleNotFoundError) else str(error)
             outcomes.pop(label, None)
             return None
 
@@ -803,7 +815,7 @@ def compare(
 
 DESCRIPTION = """\
 Measure queues between processes on this machine, in turn: shmqueue and those others that are installed
-(pip install 'shmqueue[bench]' brings them). Each turn has processes and a queue of its own. Shown are medians
+(pip install faster-fifo hyperq iceoryx2 pyzmq). Each turn has processes and a queue of its own. Shown are medians
 over the turns with the spread between the slowest and the fastest, and the CPU time of all workers per item.
 Compare what one run shows; the figures of two runs may differ by more than two queues do."""
 
@@ -822,9 +834,8 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    names = list(workloads())
     add = parser.add_argument
-    add("workloads", nargs="*", metavar="WORKLOAD", help=f"of {', '.join(names)}; default: all")
+    add("workloads", nargs="*", metavar="WORKLOAD", help=f"of {', '.join(MAKERS)}; default: all")
     add("--turns", type=number_from(int, 1), default=5, metavar="N", help="turns of each; default: %(default)s")
     add(
         "--seconds", type=number_from(float, 0.01), default=0.5, metavar="S",
@@ -841,9 +852,10 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 
 def _run_command(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
-    known = workloads()
-    if unknown := [name for name in arguments.workloads if name not in known]:
-        parser.error(f"no workload {', '.join(unknown)}; there are {', '.join(known)}")
+    names = arguments.workloads or list(MAKERS)
+    if unknown := [name for name in names if name not in MAKERS]:
+        parser.error(f"no workload {', '.join(unknown)}; there are {', '.join(MAKERS)}")
+    known = workloads(names)
     wanted = {"shmqueue", *(arguments.against or CANDIDATES)}
     progress = Progress(arguments.verbose)
     found: dict[str, Any] = {}
@@ -852,7 +864,7 @@ def _run_command(parser: argparse.ArgumentParser, arguments: argparse.Namespace)
         print(f"shmqueue {__version__}, {machine()}; {arguments.turns} turns", flush=True)
     try:
         with sigterm_exits():
-            for name in arguments.workloads or known:
+            for name in known:
                 makers = candidates(known[name], wanted)
                 outcomes, failures = compare(known[name], makers, arguments.turns, arguments.seconds, progress)
                 progress.clear()
@@ -866,6 +878,8 @@ def _run_command(parser: argparse.ArgumentParser, arguments: argparse.Namespace)
         progress.clear()
         print("interrupted; the workers are ended, the queues are removed", file=sys.stderr)
         return 128 + signal.SIGINT
+    if left_out := [name for name in names if name not in known]:
+        print(f"left out, as numpy isn't installed: {', '.join(left_out)}", file=sys.stderr)
     if arguments.json:
         print(json.dumps({"version": __version__, "machine": machine(), "workloads": found}, indent=2))
     return 0 if is_sound else 1
