@@ -510,10 +510,10 @@ def plot(data: dict[str, Any], out: Path) -> None:
         colors = ["tab:blue" if label.startswith(OURS) else "tab:gray" for label in labels]
         drawn = axes.barh(labels, [values[label] for label in labels], color=colors)
         axes.bar_label(
-            drawn, [f"{values[label]:,.4g}  ({notes[label]:,.3g} us CPU)" for label in labels], padding=2, fontsize=7
+            drawn, [f"{values[label]:,.0f}  ({notes[label]:,.4g} us CPU)" for label in labels], padding=2, fontsize=7
         )
         axes.set(title=title, xlabel=unit, xscale="log")
-        axes.margins(x=0.35)
+        axes.set_xlim(min(values.values()) / 2, max(values.values()) * 30)  # room for the figures
 
     def of(name: str, field: str) -> dict[str, float]:
         queues = data["workloads"][name]["queues"]
@@ -528,7 +528,7 @@ def plot(data: dict[str, Any], out: Path) -> None:
         axes.set_axis_off()
     save(figure, "throughput")
 
-    figure, grid = pyplot.subplots(1, 2, figsize=(11, 3.5))
+    figure, grid = pyplot.subplots(1, 2, figsize=(14, 3.5))
     parts = ("p50", "p90", "p99", "p99.9")
     for axes, name in zip(grid, ("ping-pong", "ping-pong-paced"), strict=True):
         cpu = of(name, "cpu_us")
@@ -536,7 +536,7 @@ def plot(data: dict[str, Any], out: Path) -> None:
             values = [statistics.median(queue[f"{part}_us"]) for part in parts]
             axes.plot(parts, values, marker="o", label=f"{label} ({cpu[label]:,.3g} us CPU)")
         axes.set(title=name, ylabel="us", yscale="log")
-        axes.legend(fontsize=7)
+        axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     save(figure, "latency")
 
     figure, grid = pyplot.subplots(1, 2, figsize=(11, 3))
