@@ -583,10 +583,10 @@ static void sweep_producing(struct shmq *q, uint64_t lock_ns)
     if (shmq_hands_top(&q->reservations) == 0 ||
         shmq_enter_side(q, SHMQ_PRODUCING, shmq_now_ns() + lock_ns) != SHMQ_OK)
         return;
-    shmq_hands_trim(&q->reservations);
     if (read_free_pos(q, &free_pos) == SHMQ_OK && shmq_side_read(shmq_side(q, SHMQ_CONSUMING), &get, &seq)) {
         changed = shmq_hands_sweep_reservations(&q->reservations, &q->ring, free_pos, shmq_is_dead, q);
         shmq_hands_settle_reservations(&q->reservations, get.pos);
+        shmq_hands_trim(&q->reservations);
     }
     shmq_leave_side(q, SHMQ_PRODUCING);
     fence_after_unlock();

@@ -76,7 +76,7 @@ def test_python_objects_do_not_pile_up(queue_name: str) -> None:
         finally:
             tracemalloc.stop()
         assert count > 16_000
-        assert after - before < 8000
+        assert after - before < 64 << 10  # CPython's caches of attribute names grow; an object in 20 items would show
 
 
 def test_a_queue_at_rest_costs_its_buffer_and_little_more(queue_name: str) -> None:

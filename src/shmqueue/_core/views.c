@@ -26,10 +26,12 @@ struct search {
     int n_found, n_containers;
 };
 
-/* A new reference, or NULL without an exception. */
+/* A new reference, or NULL without an exception. Names are interned, else types' caches would keep one of each call. */
 static PyObject *attribute(PyObject *object, const char *name)
 {
-    PyObject *value = PyObject_GetAttrString(object, name);
+    PyObject *interned = PyUnicode_InternFromString(name);
+    PyObject *value = interned != NULL ? PyObject_GetAttr(object, interned) : NULL;
+    Py_XDECREF(interned);
     if (value == NULL)
         PyErr_Clear(); /* of a released memoryview, for one */
     return value;
@@ -146,13 +148,15 @@ static void act(struct search *s)
             PyObject *object = s->found[i].object;
             if (Py_REFCNT(object) != s->found[i].slots + 1 || !shows(s, object))
                 continue;
-            PyObject *none = PyMemoryView_Check(object)
-                                 ? PyObject_CallMethod(object, "release", NULL)
-                                 : PyObject_CallMethod(object, "__setstate__", "(O)", s->unusable);
-            has_changed = none != NULL;
+            PyObject *method = attribute(object, PyMemoryView_Check(object) ? "release" : "__setstate__"), *none = NULL;
+            if (method != NULL)
+                none = PyMemoryView_Check(object) ? PyObject_CallNoArgs(method)
+                                                  : PyObject_CallOneArg(method, s->unusable);
+            has_changed |= none != NULL;
             if (none == NULL)
                 PyErr_Clear(); /* somebody has a view of the view */
             Py_XDECREF(none);
+            Py_XDECREF(method);
         }
     }
 }
@@ -203,13 +207,15 @@ static PyObject *see_frame(struct search *s, PyObject *frame)
 /* (1, (), dtype(object), False, [text]): the state of an array without dimensions. Needs numpy; NULL: it isn't there. */
 static PyObject *state_of_unusable(PyObject **array_type)
 {
-    PyObject *name = PyUnicode_FromString("numpy"), *state = NULL, *dtype = NULL;
+    PyObject *name = PyUnicode_InternFromString("numpy"), *state = NULL, *dtype = NULL;
     PyObject *numpy = name != NULL ? PyImport_GetModule(name) : NULL;
-    if (numpy != NULL && (*array_type = PyObject_GetAttrString(numpy, "ndarray")) != NULL &&
-        (dtype = PyObject_CallMethod(numpy, "dtype", "O", (PyObject *)&PyBaseObject_Type)) != NULL)
+    PyObject *make = numpy != NULL ? attribute(numpy, "dtype") : NULL;
+    if (make != NULL && (*array_type = attribute(numpy, "ndarray")) != NULL &&
+        (dtype = PyObject_CallOneArg(make, (PyObject *)&PyBaseObject_Type)) != NULL)
         state = Py_BuildValue("(i()OO[s])", 1, dtype, Py_False, "the lease or reservation of this array is over");
     Py_XDECREF(name);
     Py_XDECREF(numpy);
+    Py_XDECREF(make);
     Py_XDECREF(dtype);
     PyErr_Clear();
     return state;
