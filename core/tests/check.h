@@ -279,7 +279,7 @@ static inline bool is_store(const char *line)
 /* Was somebody killed at each failpoint of this source: at each named spot and after each store? How many it has. */
 static inline int died_everywhere_in(const char *folder, const char *source)
 {
-    char path[300], line[400], name[32];
+    char path[300], line[400], name[32] = "";
     int n = 0, at = 0;
     snprintf(path, sizeof path, "%s/%s", folder, source);
     FILE *file = fopen(path, "r");
