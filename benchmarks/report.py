@@ -14,7 +14,6 @@ import json
 import mmap
 import os
 import resource
-import secrets
 import signal
 import statistics
 import sys
@@ -58,10 +57,6 @@ def candidates(workload: bench.Workload) -> dict[str, Any]:
 # ---- what only this queue is asked
 
 
-def new_name() -> str:
-    return f"bench-{os.getpid()}-{secrets.token_hex(4)}"
-
-
 def in_turn(measures: dict[Any, Callable[[], float]], turns: int) -> dict[str, list[float]]:
     """Call each in turn."""
     found: dict[str, list[float]] = {str(key): [] for key in measures}
@@ -69,13 +64,6 @@ def in_turn(measures: dict[Any, Callable[[], float]], turns: int) -> dict[str, l
         for key, measure in measures.items():
             found[str(key)].append(measure())
     return found
-
-
-def nanoseconds(work: Callable[[], object], count: int) -> float:
-    start = time.perf_counter()
-    for _ in repeat(None, count):
-        work()
-    return (time.perf_counter() - start) / count * 1e9
 
 
 def codec_and_queue(turns: int) -> dict[str, list[float]]:
@@ -96,7 +84,7 @@ def codec_and_queue(turns: int) -> dict[str, list[float]]:
             unpackb(packb(DICT))
         return (time.perf_counter() - start) / count * 1e9
 
-    with ShmQueue[Any](new_name()) as queue:
+    with ShmQueue[Any](bench.new_name()) as queue:
         return in_turn(
             {"ormsgpack alone": fast, "msgpack alone": usual, "put + get": lambda: put_and_get(queue, count)}, turns
         )
@@ -116,7 +104,7 @@ def by_depth(turns: int) -> dict[str, list[float]]:
     with ExitStack() as stack:
         queues = {}
         for depth in DEPTHS:
-            queues[depth] = stack.enter_context(ShmQueue[Any](new_name(), buffer_size=45 * depth + 4096))
+            queues[depth] = stack.enter_context(ShmQueue[Any](bench.new_name(), buffer_size=45 * depth + 4096))
             for _ in range(depth // 100):
                 queues[depth].put_many([DICT] * 100)
         return in_turn({depth: lambda q=queue: put_and_get(q, 50_000) for depth, queue in queues.items()}, turns)
@@ -125,7 +113,7 @@ def by_depth(turns: int) -> dict[str, list[float]]:
 def by_buffer(turns: int) -> dict[str, list[float]]:
     """Nanoseconds of one put and get in a queue of that many bytes."""
     with ExitStack() as stack:
-        queues = {size: stack.enter_context(ShmQueue[Any](new_name(), buffer_size=size)) for size in BUFFERS}
+        queues = {size: stack.enter_context(ShmQueue[Any](bench.new_name(), buffer_size=size)) for size in BUFFERS}
         return in_turn({size: lambda q=queue: put_and_get(q, 50_000) for size, queue in queues.items()}, turns)
 
 
@@ -151,7 +139,7 @@ def children(works: list[Callable[[], None]]) -> Iterator[None]:
 def fairness(producers: int, consumers: int, seconds: float = 5.0) -> dict[str, float]:
     """What the slowest did of what the fastest did, among producers and among consumers."""
     counts = memoryview(mmap.mmap(-1, 8 * (producers + consumers))).cast("Q")
-    with ShmQueue[Any](new_name(), buffer_size=bench.ROOM) as queue:
+    with ShmQueue[Any](bench.new_name(), buffer_size=bench.ROOM) as queue:
 
         def work(i: int) -> None:
             put, get, n = queue.put, queue.get, 0
@@ -175,7 +163,7 @@ def fairness(producers: int, consumers: int, seconds: float = 5.0) -> dict[str, 
 
 def idle_cpu(seconds: float = 5.0) -> float:
     """CPU seconds of a get that waits for that long."""
-    with ShmQueue[Any](new_name()) as queue:
+    with ShmQueue[Any](bench.new_name()) as queue:
         start = resource.getrusage(resource.RUSAGE_SELF)
         try:
             queue.get(timeout=seconds)
@@ -195,11 +183,11 @@ def memory_at_rest(count: int = 100) -> float:
         return private + (free.f_blocks - free.f_bfree) * free.f_frsize
 
     with ExitStack() as stack:
-        stack.enter_context(ShmQueue[Any](new_name()))
+        stack.enter_context(ShmQueue[Any](bench.new_name()))
         before = used()
         size = 0
         for _ in range(count):
-            size += stack.enter_context(ShmQueue[Any](new_name())).max_buffer_size()
+            size += stack.enter_context(ShmQueue[Any](bench.new_name())).max_buffer_size()
         return (used() - before - size) / count
 
 

@@ -37,7 +37,7 @@ from .queue import ShmQueue
 
 __all__ = [
     "CANDIDATES", "MAKERS", "Candidate", "Failed", "Outcome", "Port", "Unable", "Workload", "add_command", "candidates",
-    "compare", "table", "turn", "workloads",
+    "compare", "new_name", "table", "turn", "workloads",
 ]  # fmt: skip
 
 LIMIT_S = 60.0
@@ -146,6 +146,11 @@ def workloads(names: Collection[str] = MAKERS) -> dict[str, Workload]:
 # ---- the queues
 
 
+def new_name() -> str:
+    """A name that no other queue has."""
+    return f"bench-{os.getpid()}-{secrets.token_hex(4)}"
+
+
 @dataclasses.dataclass(frozen=True)
 class Port:
     """A queue as one worker uses it."""
@@ -183,7 +188,7 @@ class Shm(Candidate):
 
     def __init__(self, workload: Workload) -> None:
         super().__init__(workload)
-        self._name = f"bench-{os.getpid()}-{secrets.token_hex(4)}"
+        self._name = new_name()
         self._queue = ShmQueue[Any](self._name, buffer_size=workload.room)
 
     def open(self, number: int, is_producer: bool) -> Port:
@@ -345,7 +350,7 @@ class HyperQ(_Bytes):
     def __init__(self, workload: Workload) -> None:
         super().__init__(workload)
         self._open = importlib.import_module("hyperq").BytesHyperQ
-        self._queue = self._open(workload.room, name=f"bench-{os.getpid()}-{secrets.token_hex(4)}")
+        self._queue = self._open(workload.room, name=new_name())
 
     def open(self, number: int, is_producer: bool) -> Port:
         queue, pack, unpack = self._open(self._queue.shm_name), self.pack, self.unpack
@@ -416,7 +421,7 @@ class Iceoryx2(_Bytes):
         if workload.producers != 1 or workload.consumers > 1:
             raise Unable("one publisher, one subscriber")
         self._iox = importlib.import_module("iceoryx2")
-        self._name = f"bench-{os.getpid()}-{secrets.token_hex(4)}"
+        self._name = new_name()
         self._largest = max(workload.size, 256)
         self._kept: list[Any] = []
 

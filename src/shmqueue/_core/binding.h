@@ -65,9 +65,9 @@ struct memory *memory_new(PyTypeObject *type, struct handle *handle, const struc
 void memory_end(struct memory *memory, bool is_done);
 
 /* The lease or reservation of the memory ends. Make unusable what shows it, as far as that is safe: what `item` holds,
- * a list of the item, and what variables of the frame and of those that called it do. Never fails. Is it still shown? The
- * caller has one reference to it. */
-bool views_let_go(PyObject *memory, PyObject *item, PyObject *frame);
+ * a list of the item, and what variables of the frame and of those that called it do. Never fails. The caller has one
+ * reference to the memory. */
+void views_let_go(PyObject *memory, PyObject *item, PyObject *frame);
 
 /* An item that is claimed (lease.c): it stays in the queue until it is released or given back. */
 struct lease {

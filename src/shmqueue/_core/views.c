@@ -221,10 +221,10 @@ static PyObject *state_of_unusable(PyObject **array_type)
     return state;
 }
 
-bool views_let_go(PyObject *memory, PyObject *item, PyObject *frame)
+void views_let_go(PyObject *memory, PyObject *item, PyObject *frame)
 {
     if (Py_REFCNT(memory) == 1)
-        return false;
+        return;
     int had_gc = PyGC_Disable(); /* finalizers are Python code */
     struct search s = {.memory = memory};
     s.unusable = state_of_unusable(&s.array_type);
@@ -244,7 +244,6 @@ bool views_let_go(PyObject *memory, PyObject *item, PyObject *frame)
     Py_XDECREF(s.array_type);
     if (had_gc)
         PyGC_Enable();
-    return Py_REFCNT(memory) > 1;
 }
 
 PyObject *views_end_reservation(PyObject *Py_UNUSED(module), PyObject *args)
