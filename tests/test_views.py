@@ -5,16 +5,19 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
+import operator
 import os
+import pickle
 import signal
 import struct
 import subprocess
 import sys
 import threading
 import time
-from collections import deque
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import msgpack
 import numpy as np
@@ -43,13 +46,22 @@ def q(queue_name: str) -> Iterator[ShmQueue[Any]]:
         assert queue.check() == []
 
 
+OPERATIONS: list[Callable[[Any], Any]] = [
+    lambda array: array[0], len, iter, bool, float, hash, sum, np.mean, np.sqrt, np.sort, pickle.dumps,
+    lambda array: array + 1, lambda array: 1 + array, lambda array: array == 0, lambda array: array < array,
+    lambda array: array.sum() + 1, lambda array: array.fill(0), lambda array: array.item().something,
+    lambda array: operator.setitem(array, ..., 0), lambda array: operator.iadd(array, 1),
+    lambda array: np.concatenate([array, array]), lambda array: array.astype("f4"), lambda array: memoryview(array)[0],
+]  # fmt: skip
+
+
 def is_unusable(array: Any) -> bool:
-    with pytest.raises(IndexError):
-        array[0]
-    with pytest.raises(TypeError):
-        array + 1
-    with pytest.raises(ValueError, match="is over"):
-        float(array)
+    for operation in OPERATIONS:
+        with pytest.raises((ShmQueueRuntimeError, IndexError, TypeError, ValueError, AttributeError)):
+            operation(array)
+    for operation in (float, pickle.dumps, lambda array: array + 1, lambda array: array == 0):
+        with pytest.raises(ShmQueueRuntimeError, match="is over"):
+            operation(array)
     return "is over" in repr(array)
 
 
@@ -193,6 +205,17 @@ def test_timeouts_are_those_of_put(q: ShmQueue[Any]) -> None:
         q.reserve(1, timeout=-1)
 
 
+def test_what_is_in_hand_is_in_the_message_of_a_full_queue(q: ShmQueue[Any]) -> None:
+    room = q.reserve(SIZE - 1000)
+    with pytest.raises(ShmQueueFull, match=r"no room for 2011 bytes \(\d+ of 1048576 bytes in use; all of.*reserved"):
+        q.put(bytes(2000), block=False)
+    room.commit()
+    with pytest.raises(ShmQueueFull, match=r"in use\)"):
+        q.put(bytes(2000), block=False)
+    with q.lease(copy=False), pytest.raises(ShmQueueFull, match=f"in use; {q.buffer_occupancy()} of them.*lease"):
+        q.put(bytes(2000), block=False)
+
+
 def test_a_waiting_one_gets_the_room_of_what_is_taken(q: ShmQueue[Any]) -> None:
     fill(q)
     timer = threading.Timer(0.1, q.get_nowait)
@@ -287,20 +310,20 @@ def test_a_reserved_array_and_its_slices_are_unusable(q: ShmQueue[Any]) -> None:
 
 
 def test_what_could_still_write_there_is_an_error_and_nothing_is_put(q: ShmQueue[Any]) -> None:
-    kept: deque[Any] = deque()  # whose references aren't looked for
+    kept = SimpleNamespace()  # whose references aren't looked for
     with (
         pytest.raises(ShmQueueRuntimeError, match=f"{q.identifier}.*nothing was put.*shows"),
         q.reserve_array(IMAGE.shape, IMAGE.dtype) as array,
     ):
-        kept.append(memoryview(array))  # has the array's address
+        kept.it = memoryview(array)  # has the array's address
     occupancy = q.buffer_occupancy()
     assert q.qsize() == 0
     assert occupancy > IMAGE.nbytes  # nobody else gets the memory
     fill(q)
-    kept[0][0, 0] = 1
+    kept.it[0, 0] = 1
     assert q.get_nowait() == b"\xff" * (SIZE - occupancy - SIZE_HEADER - 5)
     del array
-    kept.clear()
+    del kept.it
     assert q.buffer_occupancy() == 0
 
 
@@ -343,6 +366,15 @@ def test_everything_else_is_decoded_from_the_ring(q: ShmQueue[Any], item: Any) -
     with q.lease(copy=False) as got:
         assert got == expected
     assert (got, q.buffer_occupancy()) == (expected, 0)
+
+
+def test_what_is_unusable_is_not_put(q: ShmQueue[Any]) -> None:
+    q.put(IMAGE)
+    with q.lease(copy=False) as item:
+        pass
+    with pytest.raises(ShmQueueSerializationError, match="is over"):
+        q.put({"image": item})
+    assert q.empty()
 
 
 def test_an_exception_gives_back(q: ShmQueue[Any]) -> None:
@@ -392,6 +424,93 @@ def test_arrays_in_objects_are_found(q: ShmQueue[Any]) -> None:
     assert is_unusable(item[1]["a"][0])
 
 
+class Pair(NamedTuple):
+    image: Any
+    t: float
+
+
+@dataclasses.dataclass
+class Slotted:
+    __slots__ = ("image",)
+    image: Any
+
+
+class Frames(list[Any]):
+    pass
+
+
+CONTAINERS: list[Callable[[Any], Any]] = [
+    lambda array: [array], lambda array: (array, [array]), lambda array: {"a": array, "b": {1: array}},
+    lambda array: Frame(array, 1.5), lambda array: Pair(array, 1.5), Slotted, lambda array: Frames([array]),
+    lambda array: deque([array], maxlen=3), lambda array: OrderedDict(a=array),
+    lambda array: defaultdict(list, {1: [array]}), lambda array: [array[1:], array[2:].sum], lambda array: array.mean,
+    lambda array: [Frame([Pair([Slotted(array)], 1.5)], 1.5)], lambda array: [[array]] * 10,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("contain", CONTAINERS)
+def test_containers_of_all_kinds_are_looked_into(q: ShmQueue[Any], contain: Callable[[Any], Any]) -> None:
+    q.put(IMAGE)
+    with q.lease(copy=False) as item:
+        container = contain(item)
+    assert q.buffer_occupancy() == 0
+    assert is_unusable(item)
+    assert container is not None
+
+
+def test_variables_that_functions_share_are_found(q: ShmQueue[Any]) -> None:
+    q.put(IMAGE)
+    with q.lease(copy=False) as item:
+        rows = [item[i] for i in range(100)]  # before CPython 3.12, this is a function
+        assert sum(1 for i in range(100) if (item[i] == IMAGE[i]).all()) == 100
+        later = lambda: item  # noqa: E731
+    assert q.buffer_occupancy() == 0
+    assert is_unusable(later())
+    assert is_unusable(rows[7])
+
+
+def test_what_functions_share_with_a_reservation(q: ShmQueue[Any]) -> None:
+    def fill(room: Any) -> list[Any]:
+        with room as array:
+            return [array[i].fill(i) for i in range(3)]
+
+    fill(q.reserve_array((3, 5)))
+    assert q.get_nowait()[:, 1].tolist() == [0, 1, 2]
+
+
+def test_an_argument_that_functions_share(q: ShmQueue[Any]) -> None:
+    def end(array: Any, lease: Any) -> Callable[[], Any]:
+        array = array[50:]  # CPython 3.10 has what was passed on its caller's stack too
+        lease.release()
+        return lambda: array
+
+    q.put(IMAGE)
+    lease = q.lease(copy=False)
+    later = end(lease.item, lease)
+    assert q.buffer_occupancy() == 0
+    assert is_unusable(later())
+
+
+def test_two_functions_that_share_one_variable_beside_a_hidden_reference(q: ShmQueue[Any]) -> None:
+    q.put(IMAGE)
+    lease = q.lease(copy=False)
+    image = lease.item
+    kept = SimpleNamespace(it=image)
+
+    def end() -> None:
+        assert image is not None
+
+        def really() -> None:
+            assert image is not None
+            lease.release()
+
+        really()
+
+    end()
+    fill(q)
+    assert (kept.it == IMAGE).all()
+
+
 def test_variables_of_calling_functions_are_found(q: ShmQueue[Any]) -> None:
     q.put(IMAGE)
     lease = q.lease(copy=False)
@@ -426,9 +545,9 @@ def test_what_has_the_address_in_another_way_goes_on_and_keeps_the_memory(
     q: ShmQueue[Any], keep: Callable[[Any], Any]
 ) -> None:
     q.put(IMAGE)
-    kept: deque[Any] = deque()  # whose references aren't looked for
+    kept = SimpleNamespace()  # whose references aren't looked for
     with q.lease(copy=False) as item:
-        kept.append(keep(item))
+        kept.it = keep(item)
         address = item.ctypes.data
     assert q.buffer_occupancy() > IMAGE.nbytes
     fill(q)
@@ -437,7 +556,7 @@ def test_what_has_the_address_in_another_way_goes_on_and_keeps_the_memory(
     )
     q.get_nowait()
     del item
-    kept.clear()
+    del kept.it
     gc.collect()
     assert q.buffer_occupancy() == 0
 
@@ -452,11 +571,11 @@ def rest_on(array: Any) -> Any:
 @pytest.mark.parametrize("by", ["variable", "hidden"])
 def test_an_array_made_by_address_and_its_memoryview(q: ShmQueue[Any], by: str) -> None:
     q.put(bytes(range(200)))
-    kept: deque[Any] = deque()
+    kept = SimpleNamespace()
     with q.lease(copy=False) as item:
         array: Any = np.ndarray((200,), "u1", buffer=item)
         if by == "hidden":
-            kept.append(array)
+            kept.it = array
     fill(q)
     if by == "variable":
         assert is_unusable(array)
@@ -466,12 +585,12 @@ def test_an_array_made_by_address_and_its_memoryview(q: ShmQueue[Any], by: str) 
 
 def test_what_an_array_rests_on_is_not_released_under_it(q: ShmQueue[Any]) -> None:
     q.put(IMAGE)
-    kept: deque[Any] = deque()
+    kept = SimpleNamespace()
     with q.lease(copy=False) as item:
-        kept.append(item)
+        kept.it = item
         base = rest_on(item)
     fill(q)
-    assert (kept[0] == IMAGE).all()
+    assert (kept.it == IMAGE).all()
     assert base.nbytes == IMAGE.nbytes
 
 
@@ -479,7 +598,7 @@ def test_a_variable_that_functions_share_is_one_reference(q: ShmQueue[Any]) -> N
     q.put(IMAGE)
     lease = q.lease(copy=False)
     image = lease.item
-    kept: deque[Any] = deque([memoryview(image)])
+    kept = SimpleNamespace(it=memoryview(image))
 
     def end() -> None:
         assert image.shape == IMAGE.shape
@@ -487,7 +606,7 @@ def test_a_variable_that_functions_share_is_one_reference(q: ShmQueue[Any]) -> N
 
     end()
     fill(q)
-    assert (np.asarray(kept[0]) == IMAGE).all()
+    assert (np.asarray(kept.it) == IMAGE).all()
 
 
 def test_views_stored_in_the_item_itself(q: ShmQueue[Any]) -> None:
@@ -600,15 +719,15 @@ def test_cycles_are_collected(q: ShmQueue[Any], queue_name: str) -> None:
 
 def test_slices_that_are_kept_elsewhere_go_on_and_keep_the_memory(q: ShmQueue[Any]) -> None:
     q.put(IMAGE)
-    kept: deque[Any] = deque()  # whose references aren't looked for
+    kept = SimpleNamespace()  # whose references aren't looked for
     with q.lease(copy=False) as item:
-        kept.append(item[7])
+        kept.it = item[7]
     assert is_unusable(item)
     fill(q)
-    assert (kept[0] == IMAGE[7]).all()
+    assert (kept.it == IMAGE[7]).all()
     q.get_nowait()
     assert q.buffer_occupancy() > 0
-    kept.clear()
+    del kept.it
     assert q.buffer_occupancy() == 0
 
 
@@ -624,15 +743,15 @@ def test_views_outlive_shutdown(queue_name: str) -> None:
     with ShmQueue[Any](queue_name, buffer_size=SIZE) as other:
         q = ShmQueue[Any](queue_name)
         q.put_many([IMAGE, b"abc"])
-        kept: deque[Any] = deque()  # whose references aren't looked for
+        kept = SimpleNamespace()  # whose references aren't looked for
         lease, second = q.lease(copy=False), q.lease(copy=False)
-        kept.append(lease.item[5])
+        kept.it = lease.item[5]
         q.shutdown()
         lease.release()
         second.give_back()
-        assert (kept[0] == IMAGE[5]).all()
+        assert (kept.it == IMAGE[5]).all()
         assert other.refs == 2  # the view holds its memory, its place and the record
-        kept.clear()
+        del kept.it
         assert (other.refs, other.get_nowait(), other.buffer_occupancy()) == (1, b"abc", 0)
 
 

@@ -467,9 +467,15 @@ class ShmQueue(_core.Handle[T]):
         if status in (_core.FULL, _core.EMPTY, _core.CLAIMED) and timeout is not None:
             within = f" within {float(timeout):g} s"
         if status == _core.FULL:
+            put_pos, get_pos, free_pos, qsize = self._info()
+            held = ""
+            if get_pos != free_pos:
+                held = f"; {get_pos - free_pos} of them from the oldest open lease, reservation or view on"
+            elif not qsize:
+                held = "; all of them are reserved"
             raise exc.ShmQueueFull(
                 f"{self._who}: no room for {size} bytes{within} "
-                f"({self.buffer_occupancy()} of {self._capacity} bytes in use)"
+                f"({put_pos - free_pos} of {self._capacity} bytes in use{held})"
             )
         if status == _core.EMPTY:
             raise exc.ShmQueueEmpty(f"{self._who}: no item{within or ' there now'}")

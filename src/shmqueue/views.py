@@ -13,9 +13,34 @@ from . import exceptions as exc
 if TYPE_CHECKING:
     from ._core import Memory
 
-__all__ = ["Reservation"]
+__all__ = ["OVER", "Reservation"]
 
 B = TypeVar("B")
+
+
+class Over:
+    """What an array holds whose lease or reservation is over: every operation raises."""
+
+    MESSAGE = "the lease or reservation of this array is over; numpy.copy(array) in time is what stays"
+
+    def __repr__(self) -> str:
+        return f"<{self.MESSAGE}>"
+
+
+def _raise(*_: object) -> None:
+    raise exc.ShmQueueRuntimeError(Over.MESSAGE)
+
+
+_OPERATIONS = """
+    add and divmod floordiv lshift matmul mod mul or pow rshift sub truediv xor
+    radd rand rdivmod rfloordiv rlshift rmatmul rmod rmul ror rpow rrshift rsub rtruediv rxor
+    eq ge gt le lt ne abs bool bytes call complex contains float getitem hash index int invert iter len neg pos
+    reduce_ex round setitem
+"""
+for _name in _OPERATIONS.split():
+    setattr(Over, f"__{_name}__", _raise)
+
+OVER = Over()
 
 
 class Reservation(Generic[B]):
@@ -83,7 +108,7 @@ class Reservation(Generic[B]):
         if not _core.end_reservation(self._held, is_done, frame) and is_done:
             raise exc.ShmQueueRuntimeError(
                 f"{self._who}: nothing was put, as something still shows the reserved memory and could write there; "
-                "delete what was made of the buffer before the block ends: elements, iterators, attributes"
+                "delete what was made of it before the block ends: tensors, iterators, rows of structured arrays"
             )
 
     def __repr__(self) -> str:

@@ -2,28 +2,34 @@
  *
  * A record stays in hand as long as its `Memory` lives (memory.c), and every view holds on to that; so no view shows, or
  * writes to, what is somebody else's. But the variable of a with block, and what was made of it, outlive the block. So
- * those are made unusable, in place, where that is safe: where every reference to the object is known to be a slot of a
- * plain container of the item or of a variable, or a variable itself. Any other reference may be an extension's that
- * keeps the object's address; then the object stays as it is, and the record in hand.
+ * those are made unusable, in place, where that is safe: where every reference to the object is known to be a variable,
+ * or one of a container that keeps nothing but references: those of the interpreter and instances of classes that are
+ * written in Python. Any other reference may be an extension's that keeps the object's address; then the object stays
+ * as it is, and the record in hand.
  *
- * No Python code runs between counting and acting, so that nobody can take another reference meanwhile. A slot is
- * counted once: containers are remembered, and variables that functions share (cells) don't count. */
+ * References of containers are those that they show the garbage collector, which has to be able to rely on the number.
+ * No Python code runs between counting and acting, so that nobody can take another reference meanwhile. A reference is
+ * counted once: containers are remembered. */
 #include "binding.h"
 
 #define MAX_FOUND 1000
 #define MAX_CONTAINERS 256
-#define MAX_SLOTS 4096 /* of one container; larger ones aren't looked into */
+#define MAX_REFERENCES 4096 /* of one container; those beyond aren't looked at */
 #define MAX_FRAMES 20
 #define ROUNDS 8 /* what is unusable lets go of its base, which then may be too */
 
 struct search {
     PyObject *memory, *array_type, *unusable; /* what __setstate__ gets */
+    PyObject *deque_type;
+    traverseproc class_traverse; /* of what a class statement makes */
     struct {
         PyObject *object;
-        Py_ssize_t slots;
+        Py_ssize_t references;
+        bool has_cell;
     } found[MAX_FOUND];
     PyObject *containers[MAX_CONTAINERS];
-    int n_found, n_containers;
+    int n_found, n_containers, n_done; /* containers: the first n_done were looked into */
+    int n_references;                  /* of the one that is being looked into */
 };
 
 /* A new reference, or NULL without an exception. Names are interned, else types' caches would keep one of each call. */
@@ -70,6 +76,18 @@ static bool shows(const struct search *s, PyObject *object)
     return at != NULL || (is_foreign && is_array && is_inside(s, object));
 }
 
+/* Does an object keep other objects and nothing of them, such as an address? */
+static bool is_container(const struct search *s, PyObject *object)
+{
+    const PyTypeObject *type = Py_TYPE(object);
+    if (!PyObject_IS_GC(object))
+        return false;
+    while (type->tp_traverse == s->class_traverse && type->tp_base != NULL)
+        type = type->tp_base;
+    return type == &PyBaseObject_Type || type == (PyTypeObject *)s->deque_type || type == &PyCFunction_Type ||
+           PyList_Check(object) || PyTuple_Check(object) || PyDict_Check(object);
+}
+
 /* Remember a container. False: it was known, or there are too many. */
 static bool remember(struct search *s, PyObject *container)
 {
@@ -82,10 +100,8 @@ static bool remember(struct search *s, PyObject *container)
     return true;
 }
 
-static void see_container(struct search *s, PyObject *container);
-
-/* A slot of a container, or a variable, in which is an array or memoryview. */
-static void see(struct search *s, PyObject *object)
+/* A reference to an array or memoryview. One variable that functions share, a cell, may come up in several of them. */
+static void see_view(struct search *s, PyObject *object, bool is_cell)
 {
     int i = 0;
     while (i < s->n_found && s->found[i].object != object)
@@ -94,51 +110,51 @@ static void see(struct search *s, PyObject *object)
         return;
     if (i == s->n_found) {
         s->found[i].object = Py_NewRef(object);
-        s->found[s->n_found++].slots = 0;
+        s->found[i].references = 0;
+        s->found[s->n_found++].has_cell = false;
     }
-    s->found[i].slots++;
+    s->found[i].references += !is_cell || !s->found[i].has_cell;
+    s->found[i].has_cell |= is_cell;
 }
 
-/* The dict of an instance of a class in Python that derives from nothing else. New reference, or NULL. */
-static PyObject *plain_dict(PyObject *object)
+static void see(struct search *s, PyObject *object, bool is_cell)
 {
-    PyTypeObject *type = Py_TYPE(object);
-    if (!(type->tp_flags & Py_TPFLAGS_HEAPTYPE) || type->tp_base != &PyBaseObject_Type || PyTuple_GET_SIZE(type->tp_mro) != 2)
-        return NULL;
-    PyObject *dict = PyObject_GenericGetDict(object, NULL);
-    if (dict == NULL)
-        PyErr_Clear();
-    return dict;
+    if (is_view(s, object))
+        see_view(s, object, is_cell);
+    else if (is_container(s, object))
+        remember(s, object);
 }
 
-static void see_slots(struct search *s, PyObject *container, bool want_views)
+static int see_reference(PyObject *object, void *search)
 {
-    PyObject *value;
-    if (PyDict_CheckExact(container)) {
-        for (Py_ssize_t i = 0; PyDict_Next(container, &i, NULL, &value);)
-            if (is_view(s, value) == want_views)
-                (want_views ? see : see_container)(s, value);
-        return;
-    }
-    for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(container); i++) {
-        value = PySequence_Fast_GET_ITEM(container, i);
-        if (is_view(s, value) == want_views)
-            (want_views ? see : see_container)(s, value);
-    }
+    struct search *s = search;
+    see(s, object, false);
+    return ++s->n_references == MAX_REFERENCES;
 }
 
-static void see_container(struct search *s, PyObject *container)
+/* Look into the containers that were seen, and those in them. */
+static void look_into(struct search *s)
 {
-    bool is_plain = PyDict_CheckExact(container) || PyList_CheckExact(container) || PyTuple_CheckExact(container);
-    PyObject *slots = is_plain ? Py_NewRef(container) : plain_dict(container);
-    if (slots != NULL && PyObject_Size(slots) <= MAX_SLOTS && remember(s, slots)) {
-        see_slots(s, slots, true);
-        see_slots(s, slots, false);
+    for (; s->n_done < s->n_containers; s->n_done++) {
+        PyObject *container = s->containers[s->n_done];
+        s->n_references = 0;
+        Py_TYPE(container)->tp_traverse(container, see_reference, s);
     }
-    Py_XDECREF(slots);
 }
 
-/* Make unusable what is only referred to by the slots that were seen. */
+/* Call a method in C with one argument, or none. False, without an exception: it failed. */
+static bool call(PyObject *object, const char *name, PyObject *argument)
+{
+    PyObject *method = attribute(object, name);
+    PyObject *none = method == NULL ? NULL : argument == NULL ? PyObject_CallNoArgs(method) : PyObject_CallOneArg(method, argument);
+    if (none == NULL)
+        PyErr_Clear(); /* somebody has a view of the view */
+    Py_XDECREF(none);
+    Py_XDECREF(method);
+    return none != NULL;
+}
+
+/* Make unusable what is only referred to by what was seen. Arrays are also made read-only, else they could be filled. */
 static void act(struct search *s)
 {
     bool has_changed = true;
@@ -146,45 +162,48 @@ static void act(struct search *s)
         has_changed = false;
         for (int i = 0; i < s->n_found; i++) {
             PyObject *object = s->found[i].object;
-            if (Py_REFCNT(object) != s->found[i].slots + 1 || !shows(s, object))
+            if (Py_REFCNT(object) != s->found[i].references + 1 || !shows(s, object))
                 continue;
-            PyObject *method = attribute(object, PyMemoryView_Check(object) ? "release" : "__setstate__"), *none = NULL;
-            if (method != NULL)
-                none = PyMemoryView_Check(object) ? PyObject_CallNoArgs(method)
-                                                  : PyObject_CallOneArg(method, s->unusable);
-            has_changed |= none != NULL;
-            if (none == NULL)
-                PyErr_Clear(); /* somebody has a view of the view */
-            Py_XDECREF(none);
-            Py_XDECREF(method);
+            has_changed |= PyMemoryView_Check(object)
+                               ? call(object, "release", NULL)
+                               : call(object, "__setstate__", s->unusable) && call(object, "setflags", Py_False);
         }
     }
 }
 
-/* The variables of a function that are its alone. Before CPython 3.13 `locals` is a copy that the frame keeps, as a dict:
- * what is found is deleted from it, so that it doesn't count, unless it was counted as a container. And all of it is
- * deleted where nobody else has it, as it would keep what the variables let go of. */
-static void see_variables(struct search *s, PyObject *code, PyObject *locals)
+/* The variables of a function. Before CPython 3.13 `locals` is a copy that the frame keeps, as a dict: what is found is
+ * deleted from it, so that it doesn't count. And all of it is deleted where nobody else has it, as it would keep what the
+ * variables let go of. False: the copy was counted as a container before it was renewed just now. */
+static bool see_variables(struct search *s, PyObject *code, PyObject *locals)
 {
-    PyObject *names = attribute(code, "co_varnames"), *cells = attribute(code, "co_cellvars");
-    bool is_copy = PyDict_CheckExact(locals) && remember(s, locals);
-    for (int pass = 0; names != NULL && cells != NULL && pass < 2 && Py_REFCNT(s->memory) > 1; pass++) {
-        for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(names); i++) {
-            PyObject *name = PyTuple_GET_ITEM(names, i);
-            PyObject *value = PySequence_Contains(cells, name) == 0 ? PyObject_GetItem(locals, name) : NULL;
-            if (value != NULL && is_view(s, value) == (pass == 0))
-                (pass == 0 ? see : see_container)(s, value);
-            if (value != NULL && pass == 0 && is_copy && is_view(s, value) && shows(s, value))
+    static const char *const kinds[] = {"co_cellvars", "co_freevars", "co_varnames"};
+    PyObject *names[3] = {NULL};
+    bool is_copy = PyDict_CheckExact(locals);
+    if (is_copy && !remember(s, locals))
+        return false;
+    s->n_done = s->n_containers;
+    for (int kind = 0; kind < 3 && (names[kind] = attribute(code, kinds[kind])) != NULL; kind++) {
+        for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(names[kind]); i++) {
+            PyObject *name = PyTuple_GET_ITEM(names[kind], i);
+            if (kind == 2 && PySequence_Contains(names[0], name) != 0)
+                continue; /* an argument that functions share */
+            PyObject *value = PyObject_GetItem(locals, name);
+            if (value != NULL)
+                see(s, value, kind < 2);
+            if (value != NULL && is_copy && is_view(s, value) && shows(s, value))
                 PyDict_DelItem(locals, name);
             Py_XDECREF(value);
             PyErr_Clear(); /* a name without a value */
         }
-        act(s);
     }
+    for (int kind = 0; kind < 3; kind++)
+        Py_XDECREF(names[kind]);
+    act(s);
+    if (Py_REFCNT(s->memory) > 1)
+        look_into(s);
     if (is_copy && Py_REFCNT(locals) == 3) /* the frame's, the caller's, and that of s->containers */
         PyDict_Clear(locals);
-    Py_XDECREF(names);
-    Py_XDECREF(cells);
+    return true;
 }
 
 /* Look at a frame's variables; the frame that called it, a new reference or NULL. */
@@ -192,33 +211,44 @@ static PyObject *see_frame(struct search *s, PyObject *frame)
 {
     PyObject *code = attribute(frame, "f_code"), *locals = attribute(frame, "f_locals");
     PyObject *flags = code != NULL ? attribute(code, "co_flags") : NULL;
-    if (flags != NULL && locals != NULL) {
-        if (PyLong_AsLong(flags) & CO_OPTIMIZED)
-            see_variables(s, code, locals);
-        else
-            see_container(s, locals);
+    bool may_go_on = flags != NULL && locals != NULL;
+    if (may_go_on && PyLong_AsLong(flags) & CO_OPTIMIZED) {
+        may_go_on = see_variables(s, code, locals);
+    } else if (may_go_on) {
+        see(s, locals, false);
+        look_into(s);
     }
     Py_XDECREF(code);
     Py_XDECREF(locals);
     Py_XDECREF(flags);
-    return attribute(frame, "f_back");
+    return may_go_on ? attribute(frame, "f_back") : NULL;
 }
 
-/* (1, (), dtype(object), False, [text]): the state of an array without dimensions. Needs numpy; NULL: it isn't there. */
-static PyObject *state_of_unusable(PyObject **array_type)
+/* What a module has, if that is imported. A new reference, or NULL without an exception. */
+static PyObject *of_module(const char *module_name, const char *name)
 {
-    PyObject *name = PyUnicode_InternFromString("numpy"), *state = NULL, *dtype = NULL;
-    PyObject *numpy = name != NULL ? PyImport_GetModule(name) : NULL;
-    PyObject *make = numpy != NULL ? attribute(numpy, "dtype") : NULL;
-    if (make != NULL && (*array_type = attribute(numpy, "ndarray")) != NULL &&
-        (dtype = PyObject_CallOneArg(make, (PyObject *)&PyBaseObject_Type)) != NULL)
-        state = Py_BuildValue("(i()OO[s])", 1, dtype, Py_False, "the lease or reservation of this array is over");
-    Py_XDECREF(name);
-    Py_XDECREF(numpy);
-    Py_XDECREF(make);
-    Py_XDECREF(dtype);
+    PyObject *interned = PyUnicode_InternFromString(module_name);
+    PyObject *module = interned != NULL ? PyImport_GetModule(interned) : NULL;
+    PyObject *value = module != NULL ? attribute(module, name) : NULL;
+    Py_XDECREF(interned);
+    Py_XDECREF(module);
     PyErr_Clear();
-    return state;
+    return value;
+}
+
+/* Look up what the search needs. An unusable array has no dimensions and holds an object that only raises (views.py). */
+static void prepare(struct search *s)
+{
+    PyObject *over = of_module("shmqueue.views", "OVER"), *dtype = of_module("numpy", "dtype");
+    PyObject *objects = dtype != NULL ? PyObject_CallOneArg(dtype, (PyObject *)&PyBaseObject_Type) : NULL;
+    s->deque_type = of_module("collections", "deque");
+    s->array_type = of_module("numpy", "ndarray");
+    s->class_traverse = over != NULL ? Py_TYPE(over)->tp_traverse : NULL;
+    s->unusable = over != NULL && objects != NULL ? Py_BuildValue("(i()OO[O])", 1, objects, Py_False, over) : NULL;
+    Py_XDECREF(over);
+    Py_XDECREF(dtype);
+    Py_XDECREF(objects);
+    PyErr_Clear();
 }
 
 void views_let_go(PyObject *memory, PyObject *item, PyObject *frame)
@@ -227,8 +257,9 @@ void views_let_go(PyObject *memory, PyObject *item, PyObject *frame)
         return;
     int had_gc = PyGC_Disable(); /* finalizers are Python code */
     struct search s = {.memory = memory};
-    s.unusable = state_of_unusable(&s.array_type);
-    see_container(&s, item);
+    prepare(&s);
+    remember(&s, item);
+    look_into(&s);
     act(&s);
     Py_XINCREF(frame);
     for (int i = 0; i < MAX_FRAMES && frame != NULL && frame != Py_None && Py_REFCNT(memory) > 1; i++) {
@@ -242,6 +273,7 @@ void views_let_go(PyObject *memory, PyObject *item, PyObject *frame)
     Py_XDECREF(frame);
     Py_XDECREF(s.unusable);
     Py_XDECREF(s.array_type);
+    Py_XDECREF(s.deque_type);
     if (had_gc)
         PyGC_Enable();
 }
