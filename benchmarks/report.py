@@ -204,18 +204,14 @@ def measure(turns: int, seconds: float, only: list[str]) -> dict[str, Any]:
         if only and name not in only:
             continue
         outcomes, failures = bench.compare(workload, candidates(workload), turns, seconds, progress)
-        print(bench.table(workload, outcomes, failures), flush=True)
-        found["workloads"][name] = {
-            "size": workload.size,
-            "failures": failures,
-            "queues": {label: summary(workload, turns) for label, turns in outcomes.items()},
-        }
+        found["workloads"][name] = bench.summary(workload, outcomes, failures)
+        print(bench.table(workload, found["workloads"][name]), flush=True)
     alone: dict[str, Callable[[], Any]] = {
         "codec": lambda: codec_and_queue(3 * turns),
         "depth": lambda: by_depth(2 * turns),
         "buffer": lambda: by_buffer(2 * turns),
         "fairness": lambda: {f"{n}:{n}": fairness(n, n) for n in (4, 20)},
-        "idle": idle_cpu,
+        "idle": lambda: statistics.median(idle_cpu() for _ in range(turns)),
         "memory": memory_at_rest,
     }
     for name, work in alone.items():
@@ -224,14 +220,6 @@ def measure(turns: int, seconds: float, only: list[str]) -> dict[str, Any]:
             found[name] = work()
             print(name, json.dumps(found[name]), flush=True)
     return found
-
-
-def summary(workload: bench.Workload, turns: list[bench.Outcome]) -> dict[str, Any]:
-    made: dict[str, Any] = {"cpu_us": [one.cpu_seconds / one.items * 1e6 for one in turns]}
-    if not workload.is_ping_pong:
-        return made | {"rate": [one.rate for one in turns]}
-    parts = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "p99.9": 0.999}
-    return made | {f"{key}_us": [one.percentile(part) * 1e6 for one in turns] for key, part in parts.items()}
 
 
 # ---- what it says
@@ -269,7 +257,8 @@ workload once with every item compared. `shmqueue bench` measures on yours."""
 THROUGHPUT = """\
 Items per second, the spread between the slowest and the fastest turn, and CPU time of all workers per item. Queues of
 bytes only (hyperq, pyzmq, iceoryx2) get dicts packed by ormsgpack, as this queue packs them; "hyperq, msgpack" by
-msgpack. Others pickle. In brackets: no queue, but memory copied to and from between two processes."""
+msgpack. Others pickle. In brackets: no queue, but memory copied to and from between two processes. In
+`frame-in-place` nothing is copied or written: what remains is the cost of the calls."""
 
 ROUND_TRIPS = """\
 A small dict sent to another process and back, by two queues; each of the two is bound to a processor of its own. Busy:
@@ -282,18 +271,35 @@ dicts into bytes and back. Whoever is given the same codec shares that cost, so 
 else, can't be outrun by much more; with msgpack, the usual codec, it is further behind. Where nothing has to be encoded
 (`bytes-1:1`) the rate hangs on whether the two processors share a cache: compare the fastest turns there too."""
 
-Goal = tuple[str, str, float, float, bool]
-"""What, how it was measured, the figure, the goal, and whether more is better."""
+
+@dataclasses.dataclass(frozen=True)
+class Goal:
+    what: str
+    how: str
+    value: float
+    """As measured."""
+
+    wanted: float
+    is_minimum: bool
+
+    @property
+    def is_met(self) -> bool:
+        return self.value >= self.wanted if self.is_minimum else self.value <= self.wanted
+
+    def __str__(self) -> str:
+        sign = "≥" if self.is_minimum else "≤"
+        met = "" if self.is_met else "**missed**"
+        return f"| {self.what} | {self.how} | {self.value:.3g} | {sign} {self.wanted:g} | {met} |"
 
 
 def goals(r: Results) -> list[Goal]:
     found: list[Goal] = []
 
     def at_least(what: str, how: str, value: float, goal: float) -> None:
-        found.append((what, how, value, goal, True))
+        found.append(Goal(what, how, value, goal, True))
 
     def at_most(what: str, how: str, value: float, goal: float) -> None:
-        found.append((what, how, value, goal, False))
+        found.append(Goal(what, how, value, goal, False))
 
     for name, what, goal in (
         ("dict-1:1", "small dict, 1:1", 2.5),
@@ -377,26 +383,17 @@ def page(data: dict[str, Any]) -> str:
         "",
         "| what | measured | | goal | |",
         "|---|---|---:|---:|---|",
+        *map(str, goals(r)),
     ]
-    for what, how, value, goal, more_is_better in goals(r):
-        is_met = value >= goal if more_is_better else value <= goal
-        sign = "≥" if more_is_better else "≤"
-        lines.append(f"| {what} | {how} | {value:.3g} | {sign} {goal:g} | {'' if is_met else '**missed**'} |")
     codec = r.medians("codec")
     share = codec["ormsgpack alone"] / codec["put + get"] * 100
     lines += ["", WHY_MISSED.format(share=share), "", *losses(r), "## Throughput", ""]
-    lines += [
-        THROUGHPUT,
-        "",
-    ]
+    lines += [THROUGHPUT, ""]
     for name, workload in data["workloads"].items():
         if "ping-pong" not in name and not name.startswith("fifo-"):
             lines += rates(name, workload)
     lines += ["## Round trips", "", "![Round trips](performance-latency.svg)", ""]
-    lines += [
-        ROUND_TRIPS,
-        "",
-    ]
+    lines += [ROUND_TRIPS, ""]
     for name, workload in data["workloads"].items():
         if "ping-pong" in name:
             lines += trips(name, workload)
@@ -418,7 +415,10 @@ def page(data: dict[str, Any]) -> str:
         ]
         lines += ["| put + get, ns | " + " | ".join(f"{value:,.0f}" for value in medians.values()) + " |", ""]
     lines += [
-        "One process, a small dict: " + ", ".join(f"{key} {value:,.0f} ns" for key, value in codec.items()) + ".",
+        "Each of these was measured by itself, so the state of the machine may have been another one for each. "
+        "One process, a small dict, in turn: "
+        + ", ".join(f"{key} {value:,.0f} ns" for key, value in codec.items())
+        + ".",
         "",
         "| processes | items/s | slowest producer by fastest | slowest consumer by fastest |",
         "|---|---:|---:|---:|",
@@ -449,7 +449,7 @@ def losses(r: Results) -> list[str]:
 
 
 def rates(name: str, workload: dict[str, Any]) -> list[str]:
-    is_frame = bool(workload["size"])
+    is_frame = bool(workload["size"]) and "in-place" not in name
     lines = [
         f"### {name}",
         "",
@@ -553,9 +553,8 @@ def main() -> int:
         path.write_text(json.dumps(data, indent=1) + "\n")
     (arguments.out / "performance.md").write_text(page(data))
     plot(data, arguments.out)
-    missed = [goal for goal in goals(Results(data)) if (goal[2] < goal[3] if goal[4] else goal[2] > goal[3])]
-    for what, how, value, goal, more_is_better in missed:
-        print(f"missed: {what}: {value:.3g} {how}, wanted {'≥' if more_is_better else '≤'} {goal:g}")
+    for goal in goals(Results(data)):
+        print(goal)
     return 0
 
 

@@ -35,6 +35,7 @@ struct shmq {
     _Atomic bool has_caught_up;    /* the last record got was the last one seen */
     struct shmq_lag lag;
     struct shmq_spin spin; /* consumers'; a full ring is worth sleeping for */
+    _Atomic uint32_t unbroken_sleeps; /* in a row, of any of its threads */
     struct shmq_fault fault;
 };
 

@@ -12,6 +12,8 @@
 #define LOCK_GRACE_NS UINT64_C(80000000)
 #define LOCK_SLICE_NS UINT64_C(50000000)   /* then it is time to look for signals */
 #define WAIT_NS UINT64_C(100000000)        /* a sleeper looks for itself so often */
+#define WAIT_AT_REST_NS UINT64_C(250000000) /* and so often after some sleeps that nobody ended */
+#define REST_AFTER 10u
 #define WAIT_IN_HAND_NS UINT64_C(20000000) /* and so often while a record is in hand: its owner may be dead */
 #define LOOK_EVERY_NS UINT64_C(2000000) /* who gets items without waiting looks for the dead so often */
 /* So long a sweep waits for a lock: one by the way hardly, one that has something to do as long as any call. */
@@ -713,7 +715,10 @@ void shmq_abandon(struct shmq *q, const struct shmq_in *room)
 /* Sleep until woken, at most until the deadline; a sleep that just runs out ends in a sweep. OK | INTR | CORRUPT */
 static int sleep_by(struct shmq *q, _Atomic uint32_t *count, uint32_t key, uint64_t deadline_ns)
 {
-    uint64_t now = shmq_now_ns(), slice = shmq_is_in_hand(q) ? WAIT_IN_HAND_NS : WAIT_NS;
+    uint32_t unbroken = atomic_load_explicit(&q->unbroken_sleeps, memory_order_relaxed);
+    uint64_t now = shmq_now_ns(), slice = unbroken < REST_AFTER ? WAIT_NS : WAIT_AT_REST_NS;
+    if (shmq_is_in_hand(q))
+        slice = WAIT_IN_HAND_NS;
     if (deadline_ns <= now)
         return SHMQ_OK;
     int rc = shmq_sleep(count, key, earlier(slice, deadline_ns - now));
@@ -721,6 +726,7 @@ static int sleep_by(struct shmq *q, _Atomic uint32_t *count, uint32_t key, uint6
         return SHMQ_CORRUPT;
     if (rc == ETIMEDOUT)
         sweep(q, SWEEP_LOCK_NS);
+    atomic_store_explicit(&q->unbroken_sleeps, rc == ETIMEDOUT ? unbroken + 1 : 0, memory_order_relaxed);
     return rc == 0 ? SHMQ_OK : SHMQ_INTR;
 }
 

@@ -7,7 +7,7 @@
  * any time, and at fences.
  *
  * Shown: nobody who lives sleeps while there is an item to take. A sleep runs out by itself only after a death or a call
- * that ended early, once for each: that is when the bound of 100 ms is needed, and once is enough.
+ * that ended early, once for each: that is when the bound of 250 ms is needed, and once is enough.
  *
  * Left out: what is in hand (hands.pml), locks: a put and a get are one step each, closing, spinning.
  *

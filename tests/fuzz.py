@@ -242,9 +242,7 @@ class Player:
 
     def put_by_own_method(self) -> None:
         payload = self.rng.randbytes(self.rng.choice((0, 10, 6000)))
-        self.call(
-            "put by a method", 0, PUT, self.queue.put, payload, block=False, serialization_method=OWN_METHOD
-        )
+        self.call("put by a method", 0, PUT, self.queue.put, payload, block=False, serialization_method=OWN_METHOD)
 
     def put_many(self) -> None:
         items = [self.item() for _ in range(self.rng.choice((1, 5, 80)))]

@@ -19,7 +19,6 @@ SHMQUEUE = [sys.executable, "-m", "shmqueue"]
 SMALL = {"turns": 2, "seconds": 0.02}
 
 
-
 def outcomes(workload: bench.Workload, **makers: Any) -> tuple[dict[str, list[bench.Outcome]], dict[str, str]]:
     return bench.compare(workload, makers, **SMALL)  # type: ignore[arg-type]
 
@@ -80,15 +79,11 @@ class Forgetful(bench.Shm):
         return bench.Port(lambda item: None, super().open(number, is_producer).get)
 
 
-def missing(workload: bench.Workload) -> bench.Candidate:
-    raise ModuleNotFoundError("No module named 'nothing'")
-
-
 def test_who_fails_is_named_with_the_reason_and_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "LIMIT_S", 2.0)
     makers: dict[str, Any] = {
-        "wrong": Wrong, "raising": Raising, "dying": Dying, "forgetful": Forgetful, "missing": missing,
-        "unable": bench.Memcpy, "sound": bench.Shm,
+        "wrong": Wrong, "raising": Raising, "dying": Dying, "forgetful": Forgetful, "unable": bench.Memcpy,
+        "sound": bench.Shm,
     }  # fmt: skip
     workload = bench.workloads()["dict-1:1"]
     found, failures = outcomes(workload, **makers)
@@ -97,9 +92,8 @@ def test_who_fails_is_named_with_the_reason_and_others_go_on(monkeypatch: pytest
     assert "no port today" in failures["raising"]
     assert "a worker died" in failures["dying"]
     assert "not done after 2 s" in failures["forgetful"]
-    assert "nothing" in failures["missing"]
     assert "frames" in failures["unable"]
-    table = bench.table(workload, found, failures)
+    table = bench.table(workload, bench.summary(workload, found, failures))
     assert all(label in table for label in makers)
     assert "items/s" in table
 
@@ -118,15 +112,54 @@ def test_the_command_prints_a_table() -> None:
 
 
 def test_the_command_prints_json() -> None:
-    done = run("bytes-1:1", "--turns", "2", "--seconds", "0.02", "--against", "none", "--json")
+    done = run("bytes-1:1", "ping-pong", "--turns", "2", "--seconds", "0.02", "--against", "none", "--json")
     assert done.returncode == 0
-    turns = json.loads(done.stdout)["workloads"]["bytes-1:1"]["turns"]
-    assert [len(turns[label]) for label in turns] == [2]
-    assert turns["shmqueue"][0]["items"] > 0
+    found = json.loads(done.stdout)["workloads"]
+    assert {name: workload["size"] for name, workload in found.items()} == {"bytes-1:1": 0, "ping-pong": 0}
+    for fields, workload in zip(
+        (["cpu_us", "rate"], ["cpu_us", "p50_us", "p90_us", "p99_us", "p99.9_us"]), found.values(), strict=True
+    ):
+        assert list(workload["queues"]) == ["shmqueue"]
+        assert list(workload["queues"]["shmqueue"]) == fields
+        assert all(len(turns) == 2 and min(turns) > 0 for turns in workload["queues"]["shmqueue"].values())
+
+
+def test_what_is_not_installed_is_left_out_or_an_error() -> None:
+    code = (
+        "import sys; from shmqueue import bench, cli; bench.FasterFifo.module = 'no_such_module'\n"
+        "bench.PEERS[:] = ['faster-fifo']\n"
+        "sys.exit(cli.main(['bench', 'dict-1:1', '--turns', '1', '--seconds', '0.02', *sys.argv[1:]]))"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run([*command, "--against", "faster-fifo"], capture_output=True, text=True, check=False)
+    assert (done.returncode, "pip install faster-fifo" in done.stderr) == (2, True)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0
+    assert "faster-fifo" in done.stderr
+    assert "faster-fifo" not in done.stdout
+
+
+def test_a_reader_that_leaves_ends_it_quietly() -> None:
+    command = [*SHMQUEUE, "bench", "dict-1:1", "dict-alone", "--seconds", "0.02", "--turns", "1", "--against", "none"]
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False, timeout=100)
+    finally:
+        os.close(writing)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
 @pytest.mark.parametrize(
-    "arguments", [["nonsense"], ["--turns", "0"], ["--seconds", "nan"], ["--against", "rabbits"], ["--bad"]]
+    "arguments",
+    [
+        ["nonsense"],
+        ["--turns", "0"],
+        ["--seconds", "nan"],
+        ["--against", "rabbits"],
+        ["--bad"],
+        ["--against", "pyzmq", "--against", "none"],
+    ],
 )
 def test_bad_arguments_are_refused(arguments: list[str]) -> None:
     done = run(*arguments)

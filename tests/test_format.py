@@ -23,9 +23,7 @@ def test_the_format_page_says_what_the_header_file_does(tmp_path: Path) -> None:
         '#include <stdio.h>\n#include "layout.h"\nint main(void) {\n' + "\n".join(lines) + "\nreturn 0; }\n"
     )
     program = tmp_path / "offsets"
-    subprocess.run(
-        ["gcc", "-std=gnu11", "-I", ROOT / "core", source, "-o", program], check=True, timeout=60
-    )
+    subprocess.run(["gcc", "-std=gnu11", "-I", ROOT / "core", source, "-o", program], check=True, timeout=60)
     found = subprocess.run([program], capture_output=True, text=True, check=True, timeout=60).stdout
     assert found.split("\n")[:-1] == [" ".join(row) for row in rows]
 

@@ -499,9 +499,7 @@ def test_no_name_for_a_dead_letter_queue_is_said_at_once() -> None:
         q.clear()
 
 
-def test_a_full_dead_letter_queue_is_said_and_loses_nothing(
-    queue_name: str, dead: Callable[[], ShmQueue[Any]]
-) -> None:
+def test_a_full_dead_letter_queue_is_said_and_loses_nothing(queue_name: str, dead: Callable[[], ShmQueue[Any]]) -> None:
     with ShmQueue[Any](queue_name) as q, dead() as letters:
         letters.put(bytes(4000))
         q.put(bytes(1000))

@@ -204,9 +204,7 @@ def test_no_end_of_a_child_takes_the_queue_from_its_parent(queue_name: str, end:
         q.put(1)
         pid = os.fork()
         if pid == 0:
-            code = (
-                "q.shutdown()" if end == "shutdown" else "del q" if end == "gc" else "pass"
-            )
+            code = "q.shutdown()" if end == "shutdown" else "del q" if end == "gc" else "pass"
             scope: dict[str, Any] = {"q": q}
             exec(code, scope)
             if end == "SIGKILL":

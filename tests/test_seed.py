@@ -1367,9 +1367,7 @@ def test_debug_log_tells_of_each_handle(queue_name: str, temporary: Path, start:
     assert log_of(temporary, queue_name)[theirs]["ref_count"] == 2
     other.tell()
     assert other.ends() == (0, "")
-    killed = start(
-        "q = shmqueue.ShmQueue(sys.argv[1], debug_ref_to_file_log=True); say(q.refs); idle()", queue_name
-    )
+    killed = start("q = shmqueue.ShmQueue(sys.argv[1], debug_ref_to_file_log=True); say(q.refs); idle()", queue_name)
     assert killed.says() == "2"
     killed.kill()
     wait_until(lambda: q.refs == 1)

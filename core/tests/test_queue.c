@@ -860,7 +860,7 @@ static bool is_getter_asleep(void) { return shmq_items_asleep(&q->seg->waiters);
 static bool is_putter_asleep(void) { return shmq_room_wanted(&q->seg->waiters) != 0; }
 
 /* Let a thread fall asleep and wake it by `wake`, again and again. A sleeper that nobody wakes looks by itself after 20
- * to 100 ms, so that it would take more than half a second in all. */
+ * to 250 ms, so that it would take more than half a second in all. */
 static void wakes_soon(void *(*run)(void *), uintptr_t arg, bool (*is_asleep)(void), void (*wake)(uint32_t i))
 {
     pthread_t thread;
@@ -887,6 +887,20 @@ static void test_put_wakes_a_getter(void)
     q = attach(PAGE);
     wakes_soon(gets_and_counts, 0, is_getter_asleep, wake_by_put);
     is_empty();
+    done();
+}
+
+/* One who has waited for a second looks less often by itself; it is woken all the same, and then looks often again. */
+static void test_put_wakes_a_getter_at_rest(void)
+{
+    uint32_t id;
+    q = attach(PAGE);
+    CHECK_EQ(item_get(q, &id, 1600), SHMQ_EMPTY);
+    CHECK(q->unbroken_sleeps >= 10);
+    wakes_soon(gets_and_counts, 0, is_getter_asleep, wake_by_put);
+    CHECK_EQ(q->unbroken_sleeps, 0);
+    CHECK_EQ(item_get(q, &id, 2150), SHMQ_EMPTY); /* ten times 0.1 s, then 0.25 s */
+    CHECK(q->unbroken_sleeps >= 10 && q->unbroken_sleeps <= 16); /* 22 without */
     done();
 }
 
@@ -1453,6 +1467,7 @@ static const struct test tests[] = {
     TEST(test_put_waits_until_a_claim_is_let_go),
     TEST(test_sleeper_gets_what_another_gives_back),
     TEST(test_put_wakes_a_getter),
+    TEST(test_put_wakes_a_getter_at_rest),
     TEST(test_giving_back_wakes_a_getter),
     TEST(test_get_wakes_a_putter),
     TEST(test_release_wakes_a_putter),

@@ -12,6 +12,7 @@ import argparse
 import ctypes
 import dataclasses
 import importlib
+import importlib.util
 import itertools
 import json
 import mmap
@@ -23,7 +24,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from multiprocessing.connection import Connection, wait
 from threading import BrokenBarrierError
@@ -37,7 +38,7 @@ from .queue import ShmQueue
 
 __all__ = [
     "CANDIDATES", "MAKERS", "Candidate", "Failed", "Outcome", "Port", "Unable", "Workload", "add_command", "candidates",
-    "compare", "new_name", "table", "turn", "workloads",
+    "compare", "new_name", "summary", "table", "turn", "workloads",
 ]  # fmt: skip
 
 LIMIT_S = 60.0
@@ -84,6 +85,11 @@ class Workload:
 
     only: str = ""
     """The only candidate that can do it, if there is just one."""
+
+    @property
+    def is_copied(self) -> bool:
+        """Whether bytes per second mean something."""
+        return bool(self.size) and not self.only
 
     @property
     def is_ping_pong(self) -> bool:
@@ -165,6 +171,9 @@ class Port:
 class Candidate:
     """A queue to measure: made here, opened by each worker. This base is for queues that are inherited by fork."""
 
+    module = ""
+    """What has to be installed."""
+
     is_checked = False
     """Whether each item will be compared."""
 
@@ -192,7 +201,9 @@ class Shm(Candidate):
         self._queue = ShmQueue[Any](self._name, buffer_size=workload.room)
 
     def open(self, number: int, is_producer: bool) -> Port:
-        queue = ShmQueue[Any](self._name)
+        return self._port(ShmQueue[Any](self._name))
+
+    def _port(self, queue: ShmQueue[Any]) -> Port:
         return Port(queue.put, queue.get, queue.put_many, queue.get_many, queue.shutdown)
 
     def remove(self) -> None:
@@ -202,9 +213,7 @@ class Shm(Candidate):
 class ShmLease(Shm):
     """The same; items are leased and not copied."""
 
-    def open(self, number: int, is_producer: bool) -> Port:
-        port = super().open(number, is_producer)
-        queue = ShmQueue[Any](self._name)
+    def _port(self, queue: ShmQueue[Any]) -> Port:
         held: list[Any] = []
 
         def get() -> Any:
@@ -213,22 +222,22 @@ class ShmLease(Shm):
             held.append(queue.lease(copy=False))
             return held[0].item
 
-        return dataclasses.replace(port, get=get)
+        return dataclasses.replace(super()._port(queue), get=get)
 
 
 class ShmInPlace(ShmLease):
     """The same; frames are also made in the queue, so that nothing is copied at all. Nothing is written either, but in
     the turn that is checked: how long a frame takes to make is the user's affair."""
 
-    def open(self, number: int, is_producer: bool) -> Port:
-        queue, is_checked = ShmQueue[Any](self._name), self.is_checked
+    def _port(self, queue: ShmQueue[Any]) -> Port:
+        is_checked = self.is_checked
 
         def put(item: Any) -> None:
             with queue.reserve_array(item.shape, item.dtype) as array:
                 if is_checked:
                     array[...] = item
 
-        return dataclasses.replace(super().open(number, is_producer), put=put)
+        return dataclasses.replace(super()._port(queue), put=put)
 
 
 class Memcpy(Candidate):
@@ -303,9 +312,11 @@ class Stdlib(Candidate):
 class FasterFifo(Candidate):
     """faster-fifo, which pickles."""
 
+    module = "faster_fifo"
+
     def __init__(self, workload: Workload) -> None:
         super().__init__(workload)
-        self._queue = importlib.import_module("faster_fifo").Queue(max_size_bytes=workload.room)
+        self._queue = importlib.import_module(self.module).Queue(max_size_bytes=workload.room)
 
     def open(self, number: int, is_producer: bool) -> Port:
         queue = self._queue
@@ -347,9 +358,11 @@ class _Bytes(Candidate):
 class HyperQ(_Bytes):
     """hyperq, whose queues of bytes are faster than its queues of objects."""
 
+    module = "hyperq"
+
     def __init__(self, workload: Workload) -> None:
         super().__init__(workload)
-        self._open = importlib.import_module("hyperq").BytesHyperQ
+        self._open = importlib.import_module(self.module).BytesHyperQ
         self._queue = self._open(workload.room, name=new_name())
 
     def open(self, number: int, is_producer: bool) -> Port:
@@ -372,9 +385,11 @@ class HyperQMsgpack(HyperQ):
 class ZeroMQ(_Bytes):
     """pyzmq over ipc. Each producer has a socket for each consumer and uses them in turn."""
 
+    module = "zmq"
+
     def __init__(self, workload: Workload) -> None:
         super().__init__(workload)
-        self._zmq = importlib.import_module("zmq")
+        self._zmq = importlib.import_module(self.module)
         self._directory = tempfile.mkdtemp(prefix="shmqueue-bench-")
 
     def open(self, number: int, is_producer: bool) -> Port:
@@ -414,13 +429,14 @@ class ZeroMQ(_Bytes):
 class Iceoryx2(_Bytes):
     """iceoryx2's publish and subscribe, made to lose nothing; who waits spins. It has no queue for many consumers."""
 
+    module = "iceoryx2"
     in_place = False
 
     def __init__(self, workload: Workload) -> None:
         super().__init__(workload)
         if workload.producers != 1 or workload.consumers > 1:
             raise Unable("one publisher, one subscriber")
-        self._iox = importlib.import_module("iceoryx2")
+        self._iox = importlib.import_module(self.module)
         self._name = new_name()
         self._largest = max(workload.size, 256)
         self._kept: list[Any] = []
@@ -483,7 +499,7 @@ class Iceoryx2InPlace(Iceoryx2):
     in_place = True
 
 
-CANDIDATES: dict[str, Callable[[Workload], Candidate]] = {
+CANDIDATES: dict[str, type[Candidate]] = {
     "shmqueue": Shm,
     "multiprocessing.Queue": Stdlib,
     "faster-fifo": FasterFifo,
@@ -492,9 +508,9 @@ CANDIDATES: dict[str, Callable[[Workload], Candidate]] = {
     "pyzmq": ZeroMQ,
     "iceoryx2": Iceoryx2,
 }
-"""Makers by label. They raise ``ModuleNotFoundError`` for what isn't installed, ``Unable`` for what can't be done."""
+"""By label. They raise ``Unable`` for a workload that can't be done."""
 
-FOR_FRAMES: dict[str, Callable[[Workload], Candidate]] = {
+FOR_FRAMES: dict[str, type[Candidate]] = {
     "shmqueue, lease(copy=False)": ShmLease,
     "iceoryx2, in place": Iceoryx2InPlace,
     "(copied in and out)": Memcpy,
@@ -502,15 +518,26 @@ FOR_FRAMES: dict[str, Callable[[Workload], Candidate]] = {
 }
 """More of them."""
 
+PEERS = [label for label in CANDIDATES if "," not in label and label != "shmqueue"]
 
-def candidates(workload: Workload, wanted: Collection[str] = CANDIDATES) -> dict[str, Callable[[Workload], Candidate]]:
-    """Who does this workload, of those wanted and their variants; the limits always do."""
+
+def is_installed(candidate: type[Candidate]) -> bool:
+    """Whether it can be measured here."""
+    return not candidate.module or importlib.util.find_spec(candidate.module) is not None
+
+
+def candidates(workload: Workload, wanted: Collection[str] = CANDIDATES) -> dict[str, type[Candidate]]:
+    """Who does this workload, of those wanted that are installed, and their variants; the limits always do."""
     if workload.only:
         return {workload.only: ShmInPlace}
-    makers = CANDIDATES | FOR_FRAMES if workload.size else CANDIDATES
+    found = CANDIDATES | FOR_FRAMES if workload.size else CANDIDATES
     if workload.size or isinstance(workload.item, bytes):
-        makers = {label: make for label, make in makers.items() if make is not HyperQMsgpack}
-    return {label: make for label, make in makers.items() if label[0] == "(" or label.partition(", ")[0] in wanted}
+        found = {label: one for label, one in found.items() if one is not HyperQMsgpack}
+    return {
+        label: one
+        for label, one in found.items()
+        if (label[0] == "(" or label.partition(", ")[0] in wanted) and is_installed(one)
+    }
 
 
 # ---- one turn
@@ -666,7 +693,6 @@ def turn(make: Callable[[Workload], Candidate], workload: Workload, count: int, 
     Raises:
         Failed: A worker failed, or the turn took more than ``LIMIT_S``.
         Unable: The candidate can't do this.
-        ModuleNotFoundError: The candidate isn't installed.
     """
     share = workload.producers * max(1, workload.consumers) * workload.batch
     count = max(1, round(count / share)) * share
@@ -770,7 +796,7 @@ def _run_worker(
 
 def compare(
     workload: Workload,
-    makers: dict[str, Callable[[Workload], Candidate]],
+    makers: Mapping[str, Callable[[Workload], Candidate]],
     turns: int,
     seconds: float,
     progress: Callable[[str], None] = lambda line: None,
@@ -794,8 +820,8 @@ def compare(
     def attempt(label: str, count: int, is_checked: bool) -> Outcome | None:
         try:
             return turn(makers[label], workload, count, is_checked)
-        except (Failed, Unable, ModuleNotFoundError, OSError) as error:
-            failures[label] = f"not installed: {error}" if isinstance(error, ModuleNotFoundError) else str(error)
+        except (Failed, Unable, OSError) as error:
+            failures[label] = str(error)
             outcomes.pop(label, None)
             return None
 
@@ -816,6 +842,21 @@ def compare(
     return outcomes, failures
 
 
+PERCENTILES = {"p50_us": 0.5, "p90_us": 0.9, "p99_us": 0.99, "p99.9_us": 0.999}
+
+
+def summary(workload: Workload, outcomes: dict[str, list[Outcome]], failures: dict[str, str]) -> dict[str, Any]:
+    """What ``compare`` gave, as it goes to JSON: EPILOG says what it holds."""
+    queues = {}
+    for label, turns in outcomes.items():
+        queues[label] = {"cpu_us": [one.cpu_seconds / one.items * 1e6 for one in turns]}
+        if workload.is_ping_pong:
+            queues[label] |= {key: [one.percentile(part) * 1e6 for one in turns] for key, part in PERCENTILES.items()}
+        else:
+            queues[label] |= {"rate": [one.rate for one in turns]}
+    return {"size": workload.size, "queues": queues, "failures": failures}
+
+
 # ---- the command
 
 DESCRIPTION = """\
@@ -825,6 +866,17 @@ over the turns with the spread between the slowest and the fastest, and the CPU 
 Compare what one run shows; the figures of two runs may differ by more than two queues do."""
 
 EPILOG = """\
+workloads: `dict` is a small dict, `bytes` are 100 of them, `frame` is an array of 6.2 MB. 4:4 are four producers and
+four consumers; `alone` is one process that puts and gets. A `ping-pong` goes through two queues, there and back, and
+each of its two processes is bound to a CPU; `paced` is one every 2 ms. Consumers of `frame-read` read every byte.
+`frame-in-place` is reserve_array() and lease(copy=False), where nothing is copied or written: what remains is the cost
+of the calls. "(copied in and out)" is no queue but copying alone, the limit for all that copy.
+
+--json: for each workload `size`, bytes of a frame, else 0; `queues`, and for each of them lists with a figure for
+each turn: `rate`, items per second, or for a ping-pong `p50_us`, `p90_us`, `p99_us`, `p99.9_us`, percentiles of its
+round trips in microseconds; `cpu_us`, CPU time of all workers per item, or round trip, in microseconds; `failures`,
+why others couldn't do it.
+
 exit code: 0, or 1 if shmqueue failed at a workload, 2 for arguments that can't do, 130 after Ctrl-C, 143 after
 SIGTERM."""
 
@@ -846,12 +898,11 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "--seconds", type=number_from(float, 0.01), default=0.5, metavar="S",
         help="of one turn, about; default: %(default)g",
     )  # fmt: skip
-    peers = [label for label in CANDIDATES if "," not in label and label != "shmqueue"]
     add(
-        "--against", action="append", choices=[*peers, "none"], metavar="QUEUE",
-        help=f"only this one of {', '.join(peers)}, or none; may be given again",
+        "--against", action="append", choices=[*PEERS, "none"], metavar="QUEUE",
+        help=f"only this one of {', '.join(PEERS)}, or none; may be given again",
     )  # fmt: skip
-    add("--json", action="store_true", help="print every turn, in JSON")
+    add("--json", action="store_true", help="print the figures of every turn, in JSON")
     add("--verbose", action="store_true", help="tell how far it is, each second, also where there is no terminal")
     parser.set_defaults(run=lambda arguments: _run_command(parser, arguments))
 
@@ -860,49 +911,51 @@ def _run_command(parser: argparse.ArgumentParser, arguments: argparse.Namespace)
     names = arguments.workloads or list(MAKERS)
     if unknown := [name for name in names if name not in MAKERS]:
         parser.error(f"no workload {', '.join(unknown)}; there are {', '.join(MAKERS)}")
-    known = workloads(names)
-    wanted = {"shmqueue", *(arguments.against or CANDIDATES)}
+    against = arguments.against or PEERS
+    if "none" in against and len(against) > 1:
+        parser.error("--against none: and which others?")
+    absent = [label for label in PEERS if label in against and not is_installed(CANDIDATES[label])]
+    if absent and arguments.against:
+        parser.error(f"--against {absent[0]}: not installed; try: {sys.executable} -m pip install {absent[0]}")
     progress = Progress(arguments.verbose)
     found: dict[str, Any] = {}
     is_sound = True
-    if not arguments.json:
-        print(f"shmqueue {__version__}, {machine()}; {arguments.turns} turns", flush=True)
     try:
         with sigterm_exits():
-            for name in known:
-                makers = candidates(known[name], wanted)
-                outcomes, failures = compare(known[name], makers, arguments.turns, arguments.seconds, progress)
+            if not arguments.json:
+                print(f"shmqueue {__version__}, {machine()}; turns: {arguments.turns}", flush=True)
+            for name, workload in workloads(names).items():
+                makers = candidates(workload, {"shmqueue", *against})
+                outcomes, failures = compare(workload, makers, arguments.turns, arguments.seconds, progress)
                 progress.clear()
                 is_sound = is_sound and not any(label.startswith("shmqueue") for label in failures)
-                if arguments.json:
-                    turns = {label: [dataclasses.asdict(one) for one in turns] for label, turns in outcomes.items()}
-                    found[name] = {"turns": turns, "failures": failures}
-                else:
-                    print(table(known[name], outcomes, failures), flush=True)
+                found[name] = summary(workload, outcomes, failures)
+                if not arguments.json:
+                    print(table(workload, found[name]), flush=True)
     except KeyboardInterrupt:
         progress.clear()
         print("interrupted; the workers are ended, the queues are removed", file=sys.stderr)
         return 128 + signal.SIGINT
-    if left_out := [name for name in names if name not in known]:
+    if absent:
+        print(f"left out, as not installed: {', '.join(absent)}", file=sys.stderr)
+    if left_out := [name for name in names if name not in found]:
         print(f"left out, as numpy isn't installed: {', '.join(left_out)}", file=sys.stderr)
     if arguments.json:
         print(json.dumps({"version": __version__, "machine": machine(), "workloads": found}, indent=2))
     return 0 if is_sound else 1
 
 
-def table(workload: Workload, outcomes: dict[str, list[Outcome]], failures: dict[str, str]) -> str:
-    """What ``compare`` gave, a line for each candidate."""
+def table(workload: Workload, found: dict[str, Any]) -> str:
+    """A summary, a line for each candidate."""
     lines = [f"\n{workload.name}"]
-    for label, turns in outcomes.items():
-        cpu = statistics.median(one.cpu_seconds / one.items for one in turns)
+    for label, figures in found["queues"].items():
+        middle = {field: statistics.median(values) for field, values in figures.items()}
+        cpu = f"{middle['cpu_us']:10,.2f} us CPU"
         if workload.is_ping_pong:
-            p50, p99 = (statistics.median(one.percentile(part) for one in turns) for part in (0.5, 0.99))
-            lines.append(f"  {label:28}{p50 * 1e6:12,.1f} us p50 {p99 * 1e6:12,.1f} us p99 {cpu * 1e6:10,.1f} us CPU")
+            lines.append(f"  {label:28}{middle['p50_us']:12,.1f} us p50 {middle['p99_us']:12,.1f} us p99 {cpu}")
         else:
-            rates = [one.rate for one in turns]
-            low, middle, high = min(rates), statistics.median(rates), max(rates)
-            size = f" {middle * workload.size / 1e9:6,.2f} GB/s" if workload.size else ""
-            spread = f"({low:,.0f} to {high:,.0f})"
-            lines.append(f"  {label:28}{middle:12,.0f} items/s {spread:26}{size}{cpu * 1e6:10,.2f} us CPU")
-    lines += [f"  {label:28}{reason}" for label, reason in failures.items()]
+            size = f" {middle['rate'] * workload.size / 1e9:6,.2f} GB/s" if workload.is_copied else ""
+            spread = f"({min(figures['rate']):,.0f} to {max(figures['rate']):,.0f})"
+            lines.append(f"  {label:28}{middle['rate']:12,.0f} items/s {spread:26}{size}{cpu}")
+    lines += [f"  {label:28}{reason}" for label, reason in found["failures"].items()]
     return "\n".join(lines)

@@ -131,9 +131,7 @@ class _Handler:
 def handle_signals(queue: ShmQueue[Any]) -> None:
     """Shut ``queue`` down when one of ``_SIGNALS`` comes, then pass it on."""
     if threading.current_thread() is not threading.main_thread():
-        raise ShmQueueRuntimeError(
-            f"queue {queue.identifier!r}: set_console_handlers() works in the main thread only"
-        )
+        raise ShmQueueRuntimeError(f"queue {queue.identifier!r}: set_console_handlers() works in the main thread only")
     _on_signal[id(queue)] = weakref.ref(queue)
     for number in _SIGNALS:
         current = signal.getsignal(number)

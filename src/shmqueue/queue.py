@@ -184,9 +184,7 @@ class ShmQueue(_core.Handle[T]):
 
     # ---- in place
 
-    def reserve(
-        self, nbytes: int, block: bool = True, timeout: float | None = None
-    ) -> views.Reservation[memoryview]:
+    def reserve(self, nbytes: int, block: bool = True, timeout: float | None = None) -> views.Reservation[memoryview]:
         """Reserve room for an item of bytes and write it in the queue's own memory, without a copy.
 
             with q.reserve(len(header) + size) as buffer:
@@ -432,18 +430,14 @@ class ShmQueue(_core.Handle[T]):
     def _seconds(self, timeout: Any) -> float:
         kind = type(timeout)
         if not (hasattr(kind, "__float__") or hasattr(kind, "__index__")):
-            raise exc.ShmQueueTypeError(
-                f"{self._who}: timeout must be a number or None, not {kind.__name__}"
-            )
+            raise exc.ShmQueueTypeError(f"{self._who}: timeout must be a number or None, not {kind.__name__}")
         try:
             seconds = float(timeout)
         except OverflowError:  # an int beyond any float
             seconds = math.copysign(math.inf, timeout > 0 or -1)
         if not seconds >= 0:
             found = "NaN" if math.isnan(seconds) else timeout
-            raise exc.ShmQueueValueError(
-                f"{self._who}: 'timeout' must be a non-negative number, not {found}"
-            )
+            raise exc.ShmQueueValueError(f"{self._who}: 'timeout' must be a non-negative number, not {found}")
         return seconds
 
     def _iterate(self, items: Any) -> Iterator[T]:

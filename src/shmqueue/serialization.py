@@ -145,9 +145,7 @@ def fast_codec(strict_types: bool) -> tuple[Callable[..., bytes], int, Callable[
 # --- items to bytes ---------------------------------------------------------------------------------
 
 
-def encode(
-    data: Any, method: int, *, allow_pickle: bool, strict_types: bool, custom: Serializer | None
-) -> Encoded:
+def encode(data: Any, method: int, *, allow_pickle: bool, strict_types: bool, custom: Serializer | None) -> Encoded:
     """Turn an item into the parts of a payload.
 
     Args:

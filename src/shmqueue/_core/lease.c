@@ -4,12 +4,22 @@
 #include "binding.h"
 #include "docs.h"
 
-void lease_end(struct lease *lease, bool is_done)
+/* `frame`: where the user is, whose views of the item end too; or NULL. */
+static void end(struct lease *lease, bool is_done, PyObject *frame)
 {
     struct shmq_in in = lease->in;
     struct memory *memory = lease->memory;
+    PyObject *item = NULL;
+    if (memory != NULL && frame != NULL && shmq_process() == lease->process && (item = PyList_New(1)) == NULL)
+        PyErr_Clear();
     lease->in.hand = -1; /* first: it ends once, whoever comes in between */
     lease->memory = NULL;
+    if (item != NULL) {
+        PyList_SET_ITEM(item, 0, lease->item != NULL ? lease->item : Py_NewRef(Py_None));
+        lease->item = NULL;
+        views_let_go((PyObject *)memory, item, frame);
+        Py_DECREF(item);
+    }
     if (memory != NULL) {
         memory_end(memory, is_done);
         Py_DECREF(memory);
@@ -18,24 +28,12 @@ void lease_end(struct lease *lease, bool is_done)
     }
 }
 
+void lease_end(struct lease *lease, bool is_done) { end(lease, is_done, NULL); }
+
 /* At the user's word, in whose frame we are. */
 static void end_for_the_user(struct lease *lease, bool is_done)
 {
-    struct memory *memory = lease->memory;
-    PyObject *item = memory != NULL && shmq_process() == lease->process ? PyList_New(1) : NULL;
-    if (item == NULL) {
-        PyErr_Clear();
-        lease_end(lease, is_done);
-        return;
-    }
-    lease->in.hand = -1;
-    lease->memory = NULL;
-    PyList_SET_ITEM(item, 0, lease->item != NULL ? lease->item : Py_NewRef(Py_None));
-    lease->item = NULL;
-    views_let_go((PyObject *)memory, item, (PyObject *)PyEval_GetFrame());
-    memory_end(memory, is_done);
-    Py_DECREF(item);
-    Py_DECREF(memory);
+    end(lease, is_done, (PyObject *)PyEval_GetFrame());
 }
 
 /* Raise unless the item is still claimed, and by this process. 0, or -1 with an exception. */

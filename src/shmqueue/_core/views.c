@@ -282,12 +282,15 @@ PyObject *views_end_reservation(PyObject *Py_UNUSED(module), PyObject *args)
 {
     PyObject *held, *frame, *buffer;
     int is_done;
-    if (!PyArg_ParseTuple(args, "O!pO", &PyList_Type, &held, &is_done, &frame) || (buffer = PyList_New(1)) == NULL)
+    if (!PyArg_ParseTuple(args, "O!pO", &PyList_Type, &held, &is_done, &frame) ||
+        (buffer = PyList_GetSlice(held, 1, 2)) == NULL)
         return NULL;
     PyObject *memory = Py_NewRef(PyList_GET_ITEM(held, 0));
-    PyList_SET_ITEM(buffer, 0, Py_NewRef(PyList_GET_ITEM(held, 1)));
-    if (PyList_SetSlice(held, 0, 2, NULL) < 0)
+    if (PyList_SetSlice(held, 0, 2, NULL) < 0) {
+        Py_DECREF(memory);
+        Py_DECREF(buffer);
         return NULL;
+    }
     views_let_go(memory, buffer, frame);
     Py_DECREF(buffer);
     bool is_shown = Py_REFCNT(memory) > 1;
