@@ -80,6 +80,21 @@ static void test_same_offset_in_every_lap(void)
     }
 }
 
+static void test_large_parts_around_the_caches(void)
+{
+    struct shmq_ring ring = make_ring(5000);
+    CHECK(ring.capacity > 16 << 20);
+    for (uint64_t pos = 0; pos < 70; pos += 23)
+        for (size_t len = (256 << 10) - 1; len <= (256 << 10) + 130; len += 13) {
+            context("position %" PRIu64 ", length %zu", pos, len);
+            write_item(&ring, pos, (uint32_t)len, len);
+            read_item(&ring, pos, (uint32_t)len, len);
+        }
+    write_item(&ring, ring.capacity - 1000, 5, 300000);
+    read_item(&ring, ring.capacity - 1000, 5, 300000);
+    drop_ring(&ring);
+}
+
 static void test_exact_fit_takes_every_byte(void)
 {
     struct shmq_ring ring = make_ring(3);
@@ -281,6 +296,7 @@ static const struct test tests[] = {
     TEST(test_header_is_one_little_endian_word),
     TEST(test_record_wraps_into_the_mirror_at_any_offset),
     TEST(test_same_offset_in_every_lap),
+    TEST(test_large_parts_around_the_caches),
     TEST(test_exact_fit_takes_every_byte),
     TEST(test_records_of_all_lengths_lie_one_after_the_other),
     TEST(test_length_beyond_the_limit_is_refused),
