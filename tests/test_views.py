@@ -173,7 +173,7 @@ def test_what_cannot_be_reserved(q: ShmQueue[Any], queue_name: str) -> None:
         q.reserve(bad)
     with pytest.raises(ShmQueueSerializationError, match=f"{queue_name}.*objects"):
         q.reserve_array(3, object)
-    with pytest.raises(TypeError):
+    with pytest.raises(ShmQueueTypeError, match=f"{queue_name}.*no type"):
         q.reserve_array(3, "no type")
     with pytest.raises(ShmQueueValueError, match=f"{queue_name}.*negative"):
         q.reserve_array((2, -3))

@@ -240,7 +240,8 @@ class ShmQueue(_core.Handle[T]):
             block, timeout: As for ``put()``.
         Raises:
             ShmQueueSerializationError: the queue has ``allow_pickle=False``, or the dtype holds objects.
-            And as ``reserve()`` does; numpy's own for a dtype that can't be.
+            ShmQueueTypeError: the shape or dtype is none.
+            And as ``reserve()`` does.
         """
         if not self._options["allow_pickle"]:
             raise exc.ShmQueueSerializationError(

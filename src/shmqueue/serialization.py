@@ -409,8 +409,7 @@ def array_layout(shape: Any, dtype: Any, order: Any) -> ArrayLayout:
     Raises:
         ShmQueueSerializationError: it holds objects, or its elements have no bytes.
         ShmQueueValueError: another order, or a negative dimension.
-        ShmQueueTypeError: a shape that is none.
-        What ``numpy.dtype`` raises.
+        ShmQueueTypeError: a shape or dtype that is none.
     """
     import numpy
 
@@ -422,7 +421,10 @@ def array_layout(shape: Any, dtype: Any, order: Any) -> ArrayLayout:
         raise ShmQueueValueError(f"shape {dimensions} has a negative dimension")
     if order not in ("C", "F"):
         raise ShmQueueValueError(f"order is 'C' or 'F', not {order!r}")
-    return _array_layout(dimensions, numpy.dtype(dtype), order)
+    try:
+        return _array_layout(dimensions, numpy.dtype(dtype), order)
+    except TypeError as error:
+        raise ShmQueueTypeError(f"dtype {dtype!r}: {error}") from None
 
 
 @functools.lru_cache(maxsize=64)
