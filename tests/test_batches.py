@@ -19,12 +19,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import msgpack
 import pytest
 
-from shmqueue import SYSTEM_PAGESIZE, SerializationMethods, ShmQueue, exceptions
+from shmqueue import SYSTEM_PAGESIZE, SerializationMethods, ShmQueue, exceptions, serialization
 
 PATIENCE_S = 60  # for what takes well under a second on an idle machine
 MY_METHOD = SerializationMethods.FIRST_PUBLIC_NUMBER
@@ -954,3 +956,133 @@ def test_a_kept_error_goes_with_clear_and_shutdown(q: ShmQueue[Any]) -> None:
     for call in (q.get_nowait, q.get_many):
         with pytest.raises(exceptions.ShmQueueNotInitializedError):
             call()
+
+
+# ---- packed and unpacked together
+
+
+def thing(rng: random.Random, depth: int = 3) -> Any:
+    """An object of any kind: plain, bytes, and what only pickle can do; sizes about the seams of msgpack's formats."""
+    size = rng.choice((0, 1, 7, 15, 16, 17, 31, 32, 33, 255, 256, 300))
+    plain: list[Callable[[], Any]] = [
+        lambda: None, lambda: True, lambda: rng.getrandbits(rng.choice((4, 7, 8, 15, 16, 31, 32, 63))),
+        lambda: -rng.getrandbits(rng.choice((4, 5, 7, 8, 15, 16, 31, 32, 63))),
+        lambda: rng.random(), lambda: "x" * size, lambda: "\u20ac" * size, lambda: bytes(size),
+        lambda: bytearray(size), lambda: 2**64 - 1,
+    ]  # fmt: skip
+    nested: list[Callable[[], Any]] = [
+        lambda: [rng.randrange(10)] * size, lambda: (1, "a") * rng.choice((0, 7, 8, 20)),
+        lambda: {i: str(i) for i in range(size)}, lambda: [thing(rng, depth - 1) for _ in range(rng.randrange(5))],
+        lambda: {str(i): thing(rng, depth - 1) for i in range(rng.randrange(5))},
+        lambda: msgpack.ExtType(5, bytes(rng.choice((1, 2, 4, 8, 16, 3, size)))),
+    ]  # fmt: skip
+    odd: list[Callable[[], Any]] = [lambda: {1, 2}, lambda: 2**70, lambda: Fraction(1, 3), lambda: {(1, 2): 3}]
+    if rng.random() < 0.02:
+        return rng.choice(odd)()
+    return rng.choice(plain + nested if depth else plain)()
+
+
+@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("strict_types", [False, True])
+def test_a_batch_arrives_as_items_put_and_got_one_by_one(queue_name: str, seed: int, strict_types: bool) -> None:
+    rng = random.Random(seed)
+    items = [thing(rng) for _ in range(rng.choice((1, 2, 63, 64, 65, 200)))]
+    with ShmQueue[Any](queue_name, buffer_size=16 << 20, strict_types=strict_types) as q:
+        sizes, got = [], []
+        for item in items:
+            q.put(item)
+            sizes.append(q.buffer_occupancy())
+            got.append(q.get())
+        assert q.put_many(items) == len(items)
+        assert q.buffer_occupancy() == sum(sizes)
+        together = q.get_many()
+        assert together == got
+        assert list(map(type, together)) == list(map(type, got))
+        q.put_many(items)
+        assert [q.get() for _ in items] == got
+        for item in items:
+            q.put(item)
+        assert q.get_many() == got
+
+
+def outcome(call: Callable[[], Any]) -> list[Any]:
+    try:
+        return [call()]
+    except exceptions.ShmQueueDeserializationError as error:
+        return [("error", bytes(error.payload))]
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_what_is_wrong_in_a_batch_spoils_nothing_else(q: ShmQueue[Any], seed: int) -> None:
+    """One payload that ends too early beside one that goes on too long would make a list that looks right."""
+    rng = random.Random(seed)
+    bad = [
+        b"", b"\x92\x01", b"\x01\x02", b"\xc1", b"\xd9", b"\xdb\xff\xff\xff\xff", b"\xdf\xff\xff\xff\xff\x01", b"\xa2a",
+        b"\xcf\x00", b"\xc9\xff\xff", b"\x81\x01", b"\xa1\xff", bytes(5), rng.randbytes(9), b"\xdc\x00", b"\xc4\x05abc",
+    ]  # fmt: skip
+    payloads = [
+        rng.choice(bad) if rng.random() < 0.1 else msgpack.packb(rng.choice((5, "text", [1, 2], {"a": None}, b"x" * 9)))
+        for _ in range(150)
+    ]
+    for payload in payloads:
+        q.put(serialization.again(0, payload, 0))
+    expected: list[Any] = []
+    while not q.empty():
+        expected += outcome(q.get)
+    for payload in payloads:
+        q.put(serialization.again(0, payload, 0))
+    found: list[Any] = []
+    while len(found) < len(payloads):
+        for part in outcome(lambda: q.get_many(block=False)):
+            found += part if isinstance(part, list) else [part]
+    assert found == expected
+    assert q.empty()
+
+
+def test_an_item_that_cannot_be_put_is_the_first_of_the_rest_wherever_it_is(queue_name: str) -> None:
+    with ShmQueue[Any](queue_name, buffer_size=1 << 16, allow_pickle=False) as q:
+        for at in (0, 1, 2, 63, 64, 65, 99):
+            items: list[Any] = [{"n": i} for i in range(100)]
+            items[at] = object()
+            with pytest.raises(exceptions.ShmQueueSerializationError) as info:
+                q.put_many(items)
+            assert vars(info.value)["accepted"] == at
+            assert list(vars(info.value)["remaining"]) == items[at:]
+            assert q.get_many(block=False) == items[:at] if at else q.empty()
+
+
+FORMATS: list[Any] = [
+    None, True, 5, -3, 200, 60_000, 2**31, 2**63, -100, -1000, -(2**20), -(2**40), 1.5, "", "x" * 31, "x" * 40,
+    "x" * 300, [], [1] * 15, [b"x"] * 16, (1, (2, "b")), {}, {"a": {"b": [1, 2.5]}}, dict.fromkeys(map(str, range(16))),
+    [bytes(256), bytes(1)],
+]  # fmt: skip
+if serialization._ormsgpack is None:  # which doesn't pack them
+    FORMATS += [msgpack.ExtType(5, bytes(size)) for size in (1, 2, 4, 8, 16, 3, 300)]
+
+
+@pytest.mark.parametrize("item", FORMATS, ids=lambda item: repr(item)[:20])
+def test_plain_items_are_packed_and_unpacked_together(
+    queue_name: str, item: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    pack, options, unpack = serialization.fast_codec(False)
+
+    def counted(strict_types: bool) -> Any:
+        def packs(*args: Any) -> bytes:
+            calls.append("pack")
+            return pack(*args)
+
+        def unpacks(payload: bytes) -> Any:
+            calls.append("unpack")
+            return unpack(payload)
+
+        return packs, options, unpacks
+
+    monkeypatch.setattr(serialization, "fast_codec", counted)
+    with ShmQueue[Any](queue_name, buffer_size=8 << 20) as q:
+        q.put_many([item] * 64)
+        assert calls == ["pack"] * 2  # the first one alone, to know how large they are
+        assert q.buffer_occupancy() == 64 * (8 + len(msgpack.packb(item)))
+        got = q.get_many(64)
+        assert calls[2:] == ["unpack"]
+        assert got == [msgpack.unpackb(msgpack.packb(item))] * 64

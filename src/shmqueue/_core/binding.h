@@ -42,6 +42,9 @@ struct callable codec_callable(PyObject *object);
 int codec_encode(struct handle *self, PyObject *data, PyObject *method, struct encoded *e);
 void codec_release(struct encoded *e);
 
+/* The same for n objects by one call of the packer, which is faster. 1: they have to be encoded one by one. */
+int codec_encode_all(struct handle *self, PyObject *const *data, uint32_t n, PyObject *method, struct encoded *e);
+
 /* A record's payload as an object of ours: the one copy. bytes, or for the out-of-band method a writable memoryview. */
 PyObject *codec_copy(const struct shmq_in *in);
 
@@ -50,6 +53,9 @@ size_t codec_is_bytes(const struct shmq_in *in);
 
 /* The object of a payload that codec_copy() made. */
 PyObject *codec_decode(struct handle *self, uint32_t method, uint32_t phase, PyObject *payload);
+
+/* The objects of n records, a list, by one call of the unpacker. NULL without an exception: decode them one by one. */
+PyObject *codec_decode_all(struct handle *self, const struct shmq_in *in, uint32_t n);
 
 /* The bytes of a record in hand (memory.c), reserved or claimed, and the hand itself, as long as somebody refers to it. */
 struct memory {

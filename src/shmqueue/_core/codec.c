@@ -54,7 +54,76 @@ size_t codec_is_bytes(const struct shmq_in *in)
     return bin_head(head, in->len - n) == n && memcmp(head, in->payload, n) == 0 ? n : 0;
 }
 
+/* ---- msgpack's lengths, to tell objects apart that were packed by one call */
+
+/* What follows the first byte, from 0xc0 on: bytes of a big-endian number, bytes beside that, and whether the number
+ * counts bytes (0), objects (1) or pairs of them (2). */
+static const struct {
+    uint8_t number, fixed, objects;
+} formats[32] = {
+    [0x04] = {1, 0, 0}, {2, 0, 0}, {4, 0, 0},                       /* bin */
+    [0x07] = {1, 1, 0}, {2, 1, 0}, {4, 1, 0},                       /* ext */
+    [0x0a] = {0, 4, 0}, {0, 8, 0},                                  /* float */
+    [0x0c] = {0, 1, 0}, {0, 2, 0}, {0, 4, 0}, {0, 8, 0},            /* uint */
+    [0x10] = {0, 1, 0}, {0, 2, 0}, {0, 4, 0}, {0, 8, 0},            /* int */
+    [0x14] = {0, 2, 0}, {0, 3, 0}, {0, 5, 0}, {0, 9, 0}, {0, 17, 0}, /* fixext */
+    [0x19] = {1, 0, 0}, {2, 0, 0}, {4, 0, 0},                       /* str */
+    [0x1c] = {2, 0, 1}, {4, 0, 1},                                  /* array */
+    [0x1e] = {2, 0, 2}, {4, 0, 2},                                  /* map */
+};
+
+/* Bytes of the object that begins at `start`; 0: it has no end before `end`. */
+static size_t object_size(const uint8_t *start, const uint8_t *end)
+{
+    const uint8_t *at = start;
+    for (uint64_t objects = 1; objects > 0; objects--) {
+        if (at >= end)
+            return 0;
+        uint8_t first = *at++;
+        uint64_t skip = 0;
+        if ((first & 0xf0) == 0x80) {
+            objects += 2 * (first & 0xfu);
+        } else if ((first & 0xf0) == 0x90) {
+            objects += first & 0xfu;
+        } else if ((first & 0xe0) == 0xa0) {
+            skip = first & 0x1fu;
+        } else if ((first & 0xe0) == 0xc0) {
+            uint64_t number = 0;
+            if (end - at < formats[first & 0x1f].number)
+                return 0;
+            for (int i = 0; i < formats[first & 0x1f].number; i++)
+                number = number << 8 | *at++;
+            objects += number * formats[first & 0x1f].objects;
+            skip = formats[first & 0x1f].fixed + (formats[first & 0x1f].objects ? 0 : number);
+        }
+        if ((uint64_t)(end - at) < skip)
+            return 0;
+        at += skip;
+    }
+    return (size_t)(at - start);
+}
+
 /* ---- encode */
+
+static bool is_msgpack(PyObject *method)
+{
+    bool is_it = method == NULL || (PyLong_CheckExact(method) && PyLong_AsLong(method) == METHOD_MSGPACK);
+    PyErr_Clear(); /* an int beyond a C long: `_encode` says what is wrong with it */
+    return is_it;
+}
+
+static PyObject *pack(struct handle *self, PyObject *data)
+{
+    PyObject *args[] = {data, Py_None, self->pack_options};
+    return call(&self->pack, args, 3);
+}
+
+/* What a part of packed bytes is a record of. */
+static void encoded_as(struct encoded *e, PyObject *packed, const uint8_t *at, size_t len)
+{
+    *e = (struct encoded){.owner = Py_NewRef(packed), .inline_parts = {{at, len}}};
+    e->out = shmq_out(e->inline_parts, 1, METHOD_MSGPACK, false);
+}
 
 static int encode_by_python(struct handle *self, PyObject *data, PyObject *method, struct encoded *e)
 {
@@ -109,13 +178,12 @@ int codec_encode(struct handle *self, PyObject *data, PyObject *method, struct e
     e->views = NULL;
     e->n_views = 0;
     e->owner = NULL;
-    if (method == NULL || (PyLong_CheckExact(method) && PyLong_AsLong(method) == METHOD_MSGPACK)) {
+    if (is_msgpack(method)) {
         if (PyBytes_CheckExact(data) && PyBytes_GET_SIZE(data) <= UINT32_MAX)
             return encode_bytes(data, e);
         if (PyByteArray_CheckExact(data) || PyMemoryView_Check(data)) /* the packer would copy them */
             return encode_slowly(self, data, method, e);
-        PyObject *args[] = {data, Py_None, self->pack_options};
-        e->owner = call(&self->pack, args, 3);
+        e->owner = pack(self, data);
         if (e->owner != NULL) {
             e->inline_parts[0] = (struct shmq_part){PyBytes_AS_STRING(e->owner), (size_t)PyBytes_GET_SIZE(e->owner)};
             e->out = shmq_out(e->inline_parts, 1, METHOD_MSGPACK, false);
@@ -124,10 +192,40 @@ int codec_encode(struct handle *self, PyObject *data, PyObject *method, struct e
         if (!is_refusal())
             return -1;
         PyErr_Clear();
-    } else if (PyErr_Occurred()) {
-        PyErr_Clear(); /* an int beyond a C long: `_encode` says what is wrong with it */
     }
     return encode_slowly(self, data, method, e);
+}
+
+/* Pack a list of the objects, and cut that into them. */
+int codec_encode_all(struct handle *self, PyObject *const *data, uint32_t n, PyObject *method, struct encoded *e)
+{
+    bool are_plain = is_msgpack(method);
+    for (uint32_t i = 0; i < n; i++) /* the packer would copy bytes */
+        are_plain = are_plain && !PyBytes_CheckExact(data[i]) && !PyByteArray_CheckExact(data[i]) &&
+                    !PyMemoryView_Check(data[i]);
+    PyObject *list = are_plain ? PyList_New(n) : NULL;
+    if (list == NULL)
+        return are_plain ? -1 : 1;
+    for (uint32_t i = 0; i < n; i++)
+        PyList_SET_ITEM(list, i, Py_NewRef(data[i]));
+    PyObject *packed = pack(self, list);
+    Py_DECREF(list);
+    if (packed == NULL && !is_refusal())
+        return -1;
+    PyErr_Clear();
+    if (packed == NULL)
+        return 1;
+    const uint8_t *at = (const uint8_t *)PyBytes_AS_STRING(packed), *end = at + PyBytes_GET_SIZE(packed);
+    at += n < 16 ? 1 : 3; /* the list's own head, of 16 bits: a batch is no larger */
+    uint32_t done = 0;
+    for (size_t len; done < n && (len = object_size(at, end)) > 0; at += len)
+        encoded_as(&e[done++], packed, at, len);
+    Py_DECREF(packed);
+    if (done == n && at == end)
+        return 0;
+    while (done > 0)
+        codec_release(&e[--done]);
+    return 1;
 }
 
 void codec_release(struct encoded *e)
@@ -193,4 +291,32 @@ PyObject *codec_decode(struct handle *self, uint32_t method, uint32_t phase, PyO
         PyErr_Clear();
     }
     return PyObject_CallMethod((PyObject *)self, "_decode", "IOI", (unsigned int)method, payload, (unsigned int)phase);
+}
+
+/* Unpack a list of the objects that the payloads are. */
+PyObject *codec_decode_all(struct handle *self, const struct shmq_in *in, uint32_t n)
+{
+    size_t len = 3;
+    for (uint32_t i = 0; i < n; i++) {
+        len += in[i].len;
+        if (in[i].method != METHOD_MSGPACK)
+            return NULL;
+    }
+    PyObject *packed = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)len), *list = NULL;
+    if (packed == NULL)
+        return NULL;
+    uint8_t *at = (uint8_t *)PyBytes_AS_STRING(packed);
+    memcpy(at, (uint8_t[]){0xdc, (uint8_t)(n >> 8), (uint8_t)n}, 3);
+    bool are_whole = true; /* each by itself, else a wrong one could be read into the next */
+    at += 3;
+    for (uint32_t i = 0; i < n; at += in[i++].len) {
+        memcpy(at, in[i].payload, in[i].len);
+        are_whole = are_whole && object_size(at, at + in[i].len) == in[i].len;
+    }
+    if (are_whole && (list = call(&self->unpack, &packed, 1)) == NULL && is_refusal())
+        PyErr_Clear();
+    Py_DECREF(packed);
+    if (list != NULL && (!PyList_CheckExact(list) || PyList_GET_SIZE(list) != (Py_ssize_t)n))
+        Py_CLEAR(list);
+    return list;
 }

@@ -182,16 +182,17 @@ struct batch {
     struct encoded e[SHMQ_MAX_BATCH];
     struct shmq_out out[SHMQ_MAX_BATCH];
     PyObject *data[SHMQ_MAX_BATCH];
-    uint32_t n, max;
+    uint32_t n, n_read, max; /* encoded; read from the iterable, so many at least */
     uint64_t bytes;
+    bool one_by_one; /* as something in it can't be packed together with others */
 };
 
-static void drop_first(struct batch *b, uint32_t n)
+static void empty_batch(struct batch *b)
 {
-    for (uint32_t i = 0; i < n; i++) {
+    for (uint32_t i = 0; i < b->n; i++)
         codec_release(&b->e[i]);
+    for (uint32_t i = 0; i < b->n_read; i++)
         Py_DECREF(b->data[i]);
-    }
 }
 
 /* Send the whole batch off. On return b->n items from `*sent` on are still there. A status, or -1. */
@@ -233,33 +234,58 @@ static void describe_rest(struct handle *self, PyObject *left, PyObject *rest, P
     Py_XDECREF(result);
 }
 
-/* Read items until the batch is full. 0: go on; 1: the iterable has ended; -1: an exception, with *refused the item. */
-static int fill_batch(struct handle *self, PyObject *iterator, PyObject *method, struct batch *b, PyObject **refused)
+/* Encode what was read, all together if that can be. 0 or -1; b->n says how far it came. */
+static int encode_read(struct handle *self, PyObject *method, struct batch *b)
 {
-    for (b->n = 0, b->bytes = 0; b->n < b->max && b->bytes < BATCH_BYTES;) {
-        PyObject *data = PyIter_Next(iterator);
-        if (data == NULL)
-            return PyErr_Occurred() ? -1 : 1;
-        if (codec_encode(self, data, method, &b->e[b->n]) < 0) {
-            *refused = data;
+    uint32_t n = b->n_read - b->n;
+    int rc = n > 1 ? codec_encode_all(self, b->data + b->n, n, method, &b->e[b->n]) : 1;
+    if (n > 1 && rc != 0)
+        b->one_by_one = true;
+    if (rc < 0)
+        return -1;
+    for (; b->n < b->n_read; b->n++) {
+        if (rc == 1 && codec_encode(self, b->data[b->n], method, &b->e[b->n]) < 0)
             return -1;
-        }
-        if (b->e[b->n].parts == NULL) /* its parts moved along with it */
-            b->e[b->n].out.parts = b->e[b->n].inline_parts;
         b->bytes += b->e[b->n].out.size;
-        b->data[b->n++] = data;
     }
     return 0;
 }
 
-static PyObject *list_of_rest(struct batch *b, uint32_t from, PyObject *refused)
+/* How many items to read next: as many as there is room for, if they are like the last one. */
+static uint32_t n_to_read(const struct batch *b)
+{
+    uint64_t n = b->one_by_one || b->n == 0 ? 1 : (BATCH_BYTES - b->bytes) / b->e[b->n - 1].out.size;
+    return n == 0 ? 1 : n < b->max - b->n ? (uint32_t)n : b->max - b->n;
+}
+
+/* Read items until the batch is full. 0: go on; 1: the iterable has ended; -1: an exception. */
+static int fill_batch(struct handle *self, PyObject *iterator, PyObject *method, struct batch *b)
+{
+    int more = 0;
+    b->n = b->n_read = 0;
+    b->bytes = 0;
+    b->one_by_one = false;
+    while (more == 0 && b->n < b->max && b->bytes < BATCH_BYTES) {
+        for (uint32_t left = n_to_read(b); left > 0 && more == 0; left--) {
+            PyObject *data = PyIter_Next(iterator);
+            if (data != NULL)
+                b->data[b->n_read++] = data;
+            else
+                more = PyErr_Occurred() ? -1 : 1;
+        }
+        if (more >= 0 && encode_read(self, method, b) < 0)
+            more = -1;
+    }
+    return more;
+}
+
+/* What was read and isn't in the queue, from an item on. */
+static PyObject *list_of_rest(struct batch *b, uint32_t from)
 {
     PyObject *list = PyList_New(0);
-    for (uint32_t i = from; list != NULL && i < b->n; i++)
+    for (uint32_t i = from; list != NULL && i < b->n_read; i++)
         if (PyList_Append(list, b->data[i]) < 0)
             Py_CLEAR(list);
-    if (list != NULL && refused != NULL && PyList_Append(list, refused) < 0)
-        Py_CLEAR(list);
     return list;
 }
 
@@ -268,9 +294,9 @@ static PyObject *list_of_rest(struct batch *b, uint32_t from, PyObject *refused)
 static int put_round(struct handle *self, PyObject *iterator, PyObject *method, struct batch *b, const struct wait *w,
                      uint64_t *deadline, Py_ssize_t *accepted)
 {
-    PyObject *refused = NULL, *type, *error, *trace;
+    PyObject *type, *error, *trace;
     uint32_t sent = 0;
-    int more = fill_batch(self, iterator, method, b, &refused);
+    int more = fill_batch(self, iterator, method, b);
     PyErr_Fetch(&type, &error, &trace);
     int rc = send_batch(self, b, &sent, w, deadline);
     *accepted += sent;
@@ -284,14 +310,13 @@ static int put_round(struct handle *self, PyObject *iterator, PyObject *method, 
     }
     if (type != NULL) {
         more = -1;
-        PyObject *left = list_of_rest(b, sent, refused);
+        PyObject *left = list_of_rest(b, sent);
         PyErr_Restore(type, error, trace);
         if (left != NULL)
             describe_rest(self, left, iterator, *accepted);
         Py_XDECREF(left);
     }
-    drop_first(b, b->n);
-    Py_XDECREF(refused);
+    empty_batch(b);
     return more;
 }
 
@@ -560,9 +585,11 @@ static int append_batch(struct handle *self, PyObject *list, const struct shmq_i
 {
     Py_ssize_t before = PyList_GET_SIZE(list);
     uint64_t process = shmq_process();
-    uint32_t i = 0;
-    int rc = 0;
-    for (; i < n && rc == 0; i++) {
+    PyObject *all = n > 1 ? codec_decode_all(self, in, n) : NULL;
+    uint32_t i = all != NULL ? n : 0;
+    int rc = all != NULL ? PyList_SetSlice(list, before, before, all) : PyErr_Occurred() ? -1 : 0;
+    Py_XDECREF(all);
+    for (; i < n && rc == 0 && shmq_process() == process; i++) {
         struct shmq_in one = in[i];
         one.hand = -1; /* the batch is let go of as a whole */
         PyObject *scratch = borrow_scratch(self), *object = NULL;
@@ -574,9 +601,9 @@ static int append_batch(struct handle *self, PyObject *list, const struct shmq_i
         }
         rc = object == NULL ? -1 : PyList_Append(list, object);
         Py_XDECREF(object);
-        if (shmq_process() != process)
-            return rc; /* decoding has forked, and this is the child: the batch is the parent's */
     }
+    if (shmq_process() != process)
+        return rc; /* decoding has forked, and this is the child: the batch is the parent's */
     if (rc < 0 && !is_undecodable()) { /* Ctrl-C, perhaps: as if nothing had happened */
         PyObject *type, *error, *trace;
         PyErr_Fetch(&type, &error, &trace);
