@@ -118,10 +118,19 @@ static PyObject *pack(struct handle *self, PyObject *data)
     return call(&self->pack, args, 3);
 }
 
-/* What a part of packed bytes is a record of. */
-static void encoded_as(struct encoded *e, PyObject *packed, const uint8_t *at, size_t len)
+static void begin(struct encoded *e)
 {
-    *e = (struct encoded){.owner = Py_NewRef(packed), .inline_parts = {{at, len}}};
+    e->parts = NULL;
+    e->views = NULL;
+    e->n_views = 0;
+    e->owner = NULL;
+}
+
+/* The record is these bytes of `packed`, to which it takes over a reference. */
+static void encode_packed(struct encoded *e, PyObject *packed, const void *at, size_t len)
+{
+    e->owner = packed;
+    e->inline_parts[0] = (struct shmq_part){at, len};
     e->out = shmq_out(e->inline_parts, 1, METHOD_MSGPACK, false);
 }
 
@@ -174,19 +183,15 @@ static int encode_bytes(PyObject *data, struct encoded *e)
 
 int codec_encode(struct handle *self, PyObject *data, PyObject *method, struct encoded *e)
 {
-    e->parts = NULL;
-    e->views = NULL;
-    e->n_views = 0;
-    e->owner = NULL;
+    begin(e);
     if (is_msgpack(method)) {
         if (PyBytes_CheckExact(data) && PyBytes_GET_SIZE(data) <= UINT32_MAX)
             return encode_bytes(data, e);
         if (PyByteArray_CheckExact(data) || PyMemoryView_Check(data)) /* the packer would copy them */
             return encode_slowly(self, data, method, e);
-        e->owner = pack(self, data);
-        if (e->owner != NULL) {
-            e->inline_parts[0] = (struct shmq_part){PyBytes_AS_STRING(e->owner), (size_t)PyBytes_GET_SIZE(e->owner)};
-            e->out = shmq_out(e->inline_parts, 1, METHOD_MSGPACK, false);
+        PyObject *packed = pack(self, data);
+        if (packed != NULL) {
+            encode_packed(e, packed, PyBytes_AS_STRING(packed), (size_t)PyBytes_GET_SIZE(packed));
             return 0;
         }
         if (!is_refusal())
@@ -218,8 +223,10 @@ int codec_encode_all(struct handle *self, PyObject *const *data, uint32_t n, PyO
     const uint8_t *at = (const uint8_t *)PyBytes_AS_STRING(packed), *end = at + PyBytes_GET_SIZE(packed);
     at += n < 16 ? 1 : 3; /* the list's own head, of 16 bits: a batch is no larger */
     uint32_t done = 0;
-    for (size_t len; done < n && (len = object_size(at, end)) > 0; at += len)
-        encoded_as(&e[done++], packed, at, len);
+    for (size_t len; done < n && (len = object_size(at, end)) > 0; at += len) {
+        begin(&e[done]);
+        encode_packed(&e[done++], Py_NewRef(packed), at, len);
+    }
     Py_DECREF(packed);
     if (done == n && at == end)
         return 0;
