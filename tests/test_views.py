@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import dataclasses
 import gc
@@ -386,6 +387,235 @@ def test_an_exception_gives_back(q: ShmQueue[Any]) -> None:
         assert (item == IMAGE).all()
 
 
+def refuse(array: Any, depth: int = 3) -> None:
+    half = array[50:]
+    if depth:
+        refuse(half[10:], depth - 1)
+    raise ValueError(f"no good: {array.shape}")
+
+
+@pytest.mark.parametrize("kind", ["with", "finally", "context"])
+def test_an_exception_of_a_function_that_has_the_view_gives_back(queue_name: str, kind: str) -> None:
+    with ShmQueue[Any](queue_name, buffer_size=IMAGE.nbytes + 4096) as q:
+        q.put(IMAGE)
+        for _ in range(3):
+            with pytest.raises((ValueError, KeyError)):  # noqa: PT012
+                if kind == "with":
+                    with q.lease(copy=False, block=False) as item:
+                        refuse(item)
+                elif kind == "context":
+                    with q.lease(copy=False, block=False) as item:
+                        try:
+                            refuse(item)
+                        except ValueError:
+                            raise KeyError from None
+                else:
+                    lease = q.lease(copy=False, block=False)
+                    item = lease.item
+                    try:
+                        refuse(item)
+                    finally:
+                        lease.give_back()
+            assert is_unusable(item)
+            assert q.qsize() == 1
+        assert (q.get_nowait() == IMAGE).all()
+        for _ in range(3):
+            with pytest.raises(ValueError, match="no good"), q.reserve_array(IMAGE.shape, "u4", block=False) as item:
+                refuse(item)
+            assert q.buffer_occupancy() == 0
+
+
+def test_exceptions_that_pass_a_frame_twice_and_hidden_references(q: ShmQueue[Any]) -> None:
+    """Each frame counts once, though the traceback has it several times."""
+    kept = SimpleNamespace()
+
+    def work(array: Any) -> None:
+        kept.it = array
+        try:
+            refuse(array)
+        except ValueError as error:
+            raise error
+
+    q.put(IMAGE)
+    with pytest.raises(ValueError, match="no good"), q.lease(copy=False) as item:  # noqa: PT012
+        try:
+            work(item)
+        except ValueError as error:
+            raise error
+    fill(q)
+    assert (kept.it == IMAGE).all()
+    assert (item == IMAGE).all()
+
+
+class Calls:
+    """Calls a function while a function in C reads it."""
+
+    def __init__(self, function: Callable[[], Any]) -> None:
+        self.function = function
+
+    def __array__(self, *_: Any, **__: Any) -> Any:
+        self.function()
+        return np.arange(5000, dtype="u1")
+
+
+@pytest.mark.parametrize("way", ["method", "arguments", "method in a list"])
+def test_a_call_in_c_may_have_the_address_and_no_reference(q: ShmQueue[Any], way: str) -> None:
+    room = q.reserve_array(200_000, "u1")
+    occupancy = []
+
+    def end() -> None:
+        room.abandon()
+        occupancy.append(q.buffer_occupancy())
+
+    put, arguments = room.buffer.put, (room.buffer, np.arange(5000), Calls(end))
+    if way == "method":
+        put(*arguments[1:])
+    elif way == "arguments":
+        np.ndarray.put(*arguments)
+    else:
+        methods = [put]
+        methods[0](*arguments[1:])
+    assert occupancy[0] > 200_000
+    del put, arguments
+    if way == "method in a list":
+        del methods
+    assert q.buffer_occupancy() == 0
+
+
+def addresses(array: Any) -> Any:
+    """What goes on showing an array's bytes, and has no reference to the array itself."""
+    return np.nditer(array, flags=["external_loop"])
+
+
+def test_a_shared_variable_that_is_also_a_comprehensions(q: ShmQueue[Any]) -> None:
+    q.put(IMAGE)
+    lease = q.lease(copy=False)
+    x = lease.item
+    shown = addresses(x)
+
+    def inner() -> None:
+        assert x is not None
+        [x for x in ()]  # noqa: C416
+        lease.release()
+
+    inner()
+    fill(q)
+    assert (shown.value == IMAGE.reshape(-1)).all()
+
+
+def test_copies_of_variables_that_are_renewed(q: ShmQueue[Any]) -> None:
+    q.put(IMAGE)
+
+    def inner(lease: Any, _: Any) -> None:
+        lease.release()
+
+    def outer() -> Any:
+        lease = q.lease(copy=False)
+        x = lease.item
+        copies = locals()
+        shown = addresses(x)
+        x = None
+        inner(lease, copies)
+        return shown
+
+    shown = outer()
+    fill(q)
+    assert (shown.value == IMAGE.reshape(-1)).all()
+
+
+class Foreign:
+    """The base of an array; runs a function when it is freed."""
+
+    def __init__(self, array: Any, function: Callable[[], Any]) -> None:
+        self.__array_interface__ = array.__array_interface__
+        self.array, self.function = array, function
+
+    def __del__(self) -> None:
+        self.function()
+
+
+def test_what_is_freed_in_the_end_may_take_references(q: ShmQueue[Any]) -> None:
+    q.put(IMAGE)
+    shown = []
+    lease = q.lease(copy=False)
+
+    def steal() -> None:
+        if arrays:
+            array, arrays[0] = arrays[0], None
+            with contextlib.suppress(TypeError):  # it is unusable by now
+                shown.append(addresses(array))
+
+    arrays = [lease.item[10:], np.asarray(Foreign(lease.item, steal))]
+    lease.release()
+    fill(q)
+    for one in shown:
+        assert (one.value == IMAGE[10:].reshape(-1)).all()
+    arrays.clear()
+    shown.clear()
+
+
+def test_variables_survive_a_tracer_that_ends_a_lease(q: ShmQueue[Any]) -> None:
+    q.put(IMAGE)
+    leases = [q.lease(copy=False)]
+
+    def trace(frame: Any, event: str, _: Any) -> Any:
+        if event == "line" and leases and frame.f_code is traced.__code__:
+            leases.pop().release()
+        return trace
+
+    def traced(number: int) -> int:
+        other = number + 1
+        third = other + 1
+        return number + other + third
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        total = traced(5)
+    finally:
+        sys.settrace(before)
+    assert total == 5 + 6 + 7
+    assert leases == []
+    assert q.buffer_occupancy() == 0
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 13), reason="exec() in a function sets no variables any more")
+def test_variables_that_exec_made_stay(q: ShmQueue[Any]) -> None:
+    exec("made = 5")
+    q.put(IMAGE)
+    with q.lease(copy=False) as item:
+        assert item is not None
+    assert eval("made") == 5
+
+
+def test_a_lease_that_a_bare_thread_ends(q: ShmQueue[Any]) -> None:
+    q.put(IMAGE)
+    lease = q.lease(copy=False)
+    _thread.start_new_thread(lease.release, ())
+    deadline = time.monotonic() + 10
+    while q.buffer_occupancy() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert (lease.is_over, q.buffer_occupancy()) == (True, 0)
+    with pytest.raises(ShmQueueRuntimeError, match="over"):
+        lease.item  # noqa: B018
+
+
+def test_what_still_shows_an_item_is_told_once(q: ShmQueue[Any], caplog: pytest.LogCaptureFixture) -> None:
+    for _ in range(2):
+        q.put(IMAGE)
+        with q.lease(copy=False) as item:
+            pass
+    assert caplog.records == []
+    for _ in range(2):
+        q.put(IMAGE)
+        with q.lease(copy=False) as item:
+            kept = SimpleNamespace(it=item)
+        del kept
+    assert len(caplog.records) == 1
+    assert f"{q.identifier}" in caplog.text
+    assert f"{IMAGE.nbytes}"[:3] in caplog.text
+
+
 def test_the_lease_by_hand(q: ShmQueue[Any]) -> None:
     q.put(IMAGE)
     lease = q.lease(copy=False)
@@ -435,6 +665,11 @@ class Slotted:
     image: Any
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Frozen:
+    image: Any
+
+
 class Frames(list[Any]):
     pass
 
@@ -445,6 +680,9 @@ CONTAINERS: list[Callable[[Any], Any]] = [
     lambda array: deque([array], maxlen=3), lambda array: OrderedDict(a=array),
     lambda array: defaultdict(list, {1: [array]}), lambda array: [array[1:], array[2:].sum], lambda array: array.mean,
     lambda array: [Frame([Pair([Slotted(array)], 1.5)], 1.5)], lambda array: [[array]] * 10,
+    lambda array: deque([{"observation": i, "info": [i]} for i in range(1000)] + [{"observation": array}]),
+    lambda array: [None] * 20_000 + [array], lambda array: [array[i % 90 :] for i in range(2000)],
+    lambda array: {Frozen(array)}, lambda array: (lambda: array), lambda array: (lambda x=array: x),
 ]  # fmt: skip
 
 
@@ -534,7 +772,7 @@ KEEP: list[Callable[[Any], Any]] = [
     lambda array: np.nditer(array),
     lambda array: array.data,
     lambda array: np.asarray(memoryview(array)),
-    lambda array: lambda: array,
+    lambda array: iter([array]),
     lambda array: array.ctypes,
     lambda array: array.view(np.recarray),
 ]

@@ -116,6 +116,7 @@ class ShmQueue(_core.Handle[T]):
         self._serializer: Callable[[int, Any], Any] | None = None
         self._deserializer: Callable[[int, list[memoryview]], Any] | None = None
         self._dead: ShmQueue[Any] | None = None  # where items go that were handed out too often
+        self._has_told_shown = False
         self._handle_uuid = str(uuid.uuid4())
         self._open(_whole_pages(queue_name, buffer_size))
 
@@ -422,6 +423,15 @@ class ShmQueue(_core.Handle[T]):
             "queue %r: an item of %d bytes was handed out %d times and never released; moved to %r",
             self._name, size, deliveries - 1, self._dead_name,
         )  # fmt: skip
+
+    def _tell_shown(self, size: int) -> None:
+        if not self._has_told_shown:
+            self._has_told_shown = True
+            self._log.warning(
+                "queue %r: a lease is over, but something still shows its item of %d bytes, which keeps its place in "
+                "the queue until nothing does; numpy.copy(array) is what can stay (said once for this handle)",
+                self._name, size,
+            )  # fmt: skip
 
     def _lease_is_over(self, has_ended: bool) -> NoReturn:
         if has_ended:

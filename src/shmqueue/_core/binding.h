@@ -71,8 +71,8 @@ struct memory *memory_new(PyTypeObject *type, struct handle *handle, const struc
 void memory_end(struct memory *memory, bool is_done);
 
 /* The lease or reservation of the memory ends. Make unusable what shows it, as far as that is safe: what `item` holds,
- * a list of the item, and what variables of the frame and of those that called it do. Never fails. The caller has one
- * reference to the memory. */
+ * a list of the item, and what variables do of the frame (NULL: none), of those that called it, and of those that an
+ * exception keeps. Never fails. The caller has one reference to the memory. */
 void views_let_go(PyObject *memory, PyObject *item, PyObject *frame);
 
 /* An item that is claimed (lease.c): it stays in the queue until it is released or given back. */
@@ -87,6 +87,8 @@ struct lease {
 
 void lease_end(struct lease *lease, bool is_done);
 void handle_end_hand(struct handle *self, const struct shmq_in *in, bool is_done);
+/* Warn if something still shows the memory of a lease that is over. The caller has one reference to it. */
+void handle_tell_shown(struct handle *self, struct memory *memory);
 void handle_end_reservation(struct handle *self, const struct shmq_in *room, bool is_done);
 
 struct module_state {

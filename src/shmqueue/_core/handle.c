@@ -431,6 +431,16 @@ void handle_end_hand(struct handle *self, const struct shmq_in *in, bool is_done
     let_go(self);
 }
 
+void handle_tell_shown(struct handle *self, struct memory *memory)
+{
+    if (Py_REFCNT(memory) == 1)
+        return;
+    PyObject *none = PyObject_CallMethod((PyObject *)self, "_tell_shown", "I", memory->in.len);
+    if (none == NULL)
+        PyErr_Clear();
+    Py_XDECREF(none);
+}
+
 /* Let go of a reservation. */
 void handle_end_reservation(struct handle *self, const struct shmq_in *room, bool is_done)
 {

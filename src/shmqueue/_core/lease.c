@@ -4,21 +4,22 @@
 #include "binding.h"
 #include "docs.h"
 
-/* `frame`: where the user is, whose views of the item end too; or NULL. */
-static void end(struct lease *lease, bool is_done, PyObject *frame)
+/* At the user's word, views of the item end too. */
+static void end(struct lease *lease, bool is_done, bool is_wanted)
 {
     struct shmq_in in = lease->in;
     struct memory *memory = lease->memory;
     PyObject *item = NULL;
-    if (memory != NULL && frame != NULL && shmq_process() == lease->process && (item = PyList_New(1)) == NULL)
+    if (memory != NULL && is_wanted && shmq_process() == lease->process && (item = PyList_New(1)) == NULL)
         PyErr_Clear();
     lease->in.hand = -1; /* first: it ends once, whoever comes in between */
     lease->memory = NULL;
     if (item != NULL) {
         PyList_SET_ITEM(item, 0, lease->item != NULL ? lease->item : Py_NewRef(Py_None));
         lease->item = NULL;
-        views_let_go((PyObject *)memory, item, frame);
+        views_let_go((PyObject *)memory, item, (PyObject *)PyEval_GetFrame());
         Py_DECREF(item);
+        handle_tell_shown(lease->handle, memory);
     }
     if (memory != NULL) {
         memory_end(memory, is_done);
@@ -28,13 +29,7 @@ static void end(struct lease *lease, bool is_done, PyObject *frame)
     }
 }
 
-void lease_end(struct lease *lease, bool is_done) { end(lease, is_done, NULL); }
-
-/* At the user's word, in whose frame we are. */
-static void end_for_the_user(struct lease *lease, bool is_done)
-{
-    end(lease, is_done, (PyObject *)PyEval_GetFrame());
-}
+void lease_end(struct lease *lease, bool is_done) { end(lease, is_done, false); }
 
 /* Raise unless the item is still claimed, and by this process. 0, or -1 with an exception. */
 static int must_hold(struct lease *lease)
@@ -51,7 +46,7 @@ static PyObject *end_now(struct lease *lease, bool is_done)
 {
     if (must_hold(lease) < 0)
         return NULL;
-    end_for_the_user(lease, is_done);
+    end(lease, is_done, true);
     Py_RETURN_NONE;
 }
 
@@ -65,7 +60,7 @@ static PyObject *lease_enter(struct lease *lease, PyObject *Py_UNUSED(none))
 
 static PyObject *lease_exit(struct lease *lease, PyObject *const *args, Py_ssize_t nargs)
 {
-    end_for_the_user(lease, nargs > 0 && args[0] == Py_None);
+    end(lease, nargs > 0 && args[0] == Py_None, true);
     Py_RETURN_NONE;
 }
 

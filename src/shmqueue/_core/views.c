@@ -3,33 +3,42 @@
  * A record stays in hand as long as its `Memory` lives (memory.c), and every view holds on to that; so no view shows, or
  * writes to, what is somebody else's. But the variable of a with block, and what was made of it, outlive the block. So
  * those are made unusable, in place, where that is safe: where every reference to the object is known to be a variable,
- * or one of a container that keeps nothing but references: those of the interpreter and instances of classes that are
- * written in Python. Any other reference may be an extension's that keeps the object's address; then the object stays
- * as it is, and the record in hand.
+ * or one of a container that keeps nothing but references. Any other reference may be an extension's that keeps the
+ * object's address; then the object stays as it is, and the record in hand.
  *
- * References of containers are those that they show the garbage collector, which has to be able to rely on the number.
- * No Python code runs between counting and acting, so that nobody can take another reference meanwhile. A reference is
- * counted once: containers are remembered. */
+ * Variables are those of the functions that run in this thread, and of those that the exception passed which is being
+ * handled. Containers are some types of the interpreter and instances of classes that are written in Python; their
+ * references are those that they show the garbage collector, which has to be able to rely on the number.
+ *
+ * From the first reference that is counted to the last object that is made unusable, no Python code runs and nothing is
+ * freed, so that the numbers hold. */
 #include "binding.h"
 
-#define MAX_FOUND 1000
-#define MAX_CONTAINERS 256
-#define MAX_REFERENCES 4096 /* of one container; those beyond aren't looked at */
-#define MAX_FRAMES 20
-#define ROUNDS 8 /* what is unusable lets go of its base, which then may be too */
+#define MAX_SEEN 4096 /* objects */
+#define SLOTS (2 * MAX_SEEN)
+#define MAX_REFERENCES 50000 /* of all containers; about a millisecond */
+#define MAX_FRAMES 100
+#define MAX_ERRORS 10 /* that came of each other */
+#define ROUNDS 8      /* what is unusable lets go of its base, which then may be too */
+/* From CPython 3.14 on functions that call others may pass on what their variables hold without a reference. */
+#define MAX_CALLERS (PY_VERSION_HEX < 0x030e0000 ? 20 : 1)
+
+struct seen {
+    PyObject *object;
+    Py_ssize_t references; /* that are known */
+    bool is_shown, has_cell, was_looked_into;
+};
 
 struct search {
     PyObject *memory, *array_type, *unusable; /* what __setstate__ gets */
-    PyObject *deque_type;
+    PyObject *deque_type, *defaultdict_type;
+    PyObject *kept;              /* a list of what must not be freed yet */
     traverseproc class_traverse; /* of what a class statement makes */
-    struct {
-        PyObject *object;
-        Py_ssize_t references;
-        bool has_cell;
-    } found[MAX_FOUND];
-    PyObject *containers[MAX_CONTAINERS];
-    int n_found, n_containers, n_done; /* containers: the first n_done were looked into */
-    int n_references;                  /* of the one that is being looked into */
+    PyObject *frames[MAX_FRAMES], *locals[MAX_FRAMES];
+    int n_frames;
+    struct seen seen[MAX_SEEN]; /* views and containers */
+    int n_seen, n_references;
+    uint16_t slots[SLOTS]; /* by address: 1 + index in `seen`, or 0 */
 };
 
 /* A new reference, or NULL without an exception. Names are interned, else types' caches would keep one of each call. */
@@ -76,69 +85,93 @@ static bool shows(const struct search *s, PyObject *object)
     return at != NULL || (is_foreign && is_array && is_inside(s, object));
 }
 
+/* What a class written in Python derives from, in the end. */
+static const PyTypeObject *base_in_c(const struct search *s, const PyTypeObject *type)
+{
+    while (type->tp_traverse == s->class_traverse && type->tp_base != NULL)
+        type = type->tp_base;
+    return type;
+}
+
 /* Does an object keep other objects and nothing of them, such as an address? */
 static bool is_container(const struct search *s, PyObject *object)
 {
-    const PyTypeObject *type = Py_TYPE(object);
     if (!PyObject_IS_GC(object))
         return false;
-    while (type->tp_traverse == s->class_traverse && type->tp_base != NULL)
-        type = type->tp_base;
-    return type == &PyBaseObject_Type || type == (PyTypeObject *)s->deque_type || type == &PyCFunction_Type ||
-           PyList_Check(object) || PyTuple_Check(object) || PyDict_Check(object);
+    const PyTypeObject *type = base_in_c(s, Py_TYPE(object));
+    return type == &PyBaseObject_Type || type == &PyList_Type || type == &PyTuple_Type || type == &PyDict_Type ||
+           type == &PySet_Type || type == &PyFrozenSet_Type || type == &PyODict_Type || type == &PyFunction_Type ||
+           type == &PyCFunction_Type || type == (PyTypeObject *)s->deque_type ||
+           type == (PyTypeObject *)s->defaultdict_type;
 }
 
-/* Remember a container. False: it was known, or there are too many. */
-static bool remember(struct search *s, PyObject *container)
+/* A call in C relies on the tuple of its arguments, or on the method that is called, to keep the objects in it. So they
+ * count as containers only while nobody has them whom we don't know. */
+static bool is_relied_on(PyObject *container) { return PyTuple_Check(container) || PyCFunction_Check(container); }
+
+/* The place of an object in the table, or the empty one where it belongs. */
+static uint16_t *slot_of(struct search *s, PyObject *object)
 {
-    for (int i = 0; i < s->n_containers; i++)
-        if (s->containers[i] == container)
-            return false;
-    if (s->n_containers == MAX_CONTAINERS)
-        return false;
-    s->containers[s->n_containers++] = Py_NewRef(container);
-    return true;
+    uint32_t slot = (uint32_t)((uintptr_t)object >> 4) * UINT32_C(2654435761) % SLOTS;
+    while (s->slots[slot] != 0 && s->seen[s->slots[slot] - 1].object != object)
+        slot = (slot + 1) % SLOTS;
+    return &s->slots[slot];
 }
 
-/* A reference to an array or memoryview. One variable that functions share, a cell, may come up in several of them. */
-static void see_view(struct search *s, PyObject *object, bool is_cell)
-{
-    int i = 0;
-    while (i < s->n_found && s->found[i].object != object)
-        i++;
-    if (i == MAX_FOUND || (i == s->n_found && !shows(s, object)))
-        return;
-    if (i == s->n_found) {
-        s->found[i].object = Py_NewRef(object);
-        s->found[i].references = 0;
-        s->found[s->n_found++].has_cell = false;
-    }
-    s->found[i].references += !is_cell || !s->found[i].has_cell;
-    s->found[i].has_cell |= is_cell;
-}
-
+/* A reference to an object. One variable that functions share, a cell, may come up in several of them. */
 static void see(struct search *s, PyObject *object, bool is_cell)
 {
-    if (is_view(s, object))
-        see_view(s, object, is_cell);
-    else if (is_container(s, object))
-        remember(s, object);
+    bool is_one = is_view(s, object);
+    if (!is_one && !is_container(s, object))
+        return;
+    uint16_t *slot = slot_of(s, object);
+    if (*slot == 0 && s->n_seen == MAX_SEEN)
+        return;
+    if (*slot == 0) {
+        s->seen[s->n_seen] = (struct seen){.object = Py_NewRef(object), .is_shown = is_one && shows(s, object)};
+        *slot = (uint16_t)++s->n_seen;
+    }
+    struct seen *found = &s->seen[*slot - 1];
+    found->references += !is_cell || !found->has_cell;
+    found->has_cell |= is_cell;
 }
 
 static int see_reference(PyObject *object, void *search)
 {
     struct search *s = search;
     see(s, object, false);
-    return ++s->n_references == MAX_REFERENCES;
+    return ++s->n_references >= MAX_REFERENCES;
+}
+
+/* A function keeps the variables that it shares with others, and its defaults. */
+static void look_into_function(struct search *s, PyObject *function)
+{
+    PyObject *closure = PyFunction_GET_CLOSURE(function), *defaults = PyFunction_GET_DEFAULTS(function);
+    for (Py_ssize_t i = 0; closure != NULL && i < PyTuple_GET_SIZE(closure); i++)
+        if (PyCell_GET(PyTuple_GET_ITEM(closure, i)) != NULL)
+            see(s, PyCell_GET(PyTuple_GET_ITEM(closure, i)), true);
+    if (defaults != NULL)
+        see(s, defaults, false);
 }
 
 /* Look into the containers that were seen, and those in them. */
-static void look_into(struct search *s)
+static void look_into_containers(struct search *s)
 {
-    for (; s->n_done < s->n_containers; s->n_done++) {
-        PyObject *container = s->containers[s->n_done];
-        s->n_references = 0;
-        Py_TYPE(container)->tp_traverse(container, see_reference, s);
+    for (int round = 0; round < ROUNDS; round++) {
+        bool has_found = false;
+        for (int i = 0; i < s->n_seen; i++) { /* which grows meanwhile */
+            struct seen *at = &s->seen[i];
+            if (at->was_looked_into || is_view(s, at->object) || s->n_references >= MAX_REFERENCES ||
+                (is_relied_on(at->object) && Py_REFCNT(at->object) != at->references + 1))
+                continue;
+            at->was_looked_into = has_found = true;
+            if (PyFunction_Check(at->object))
+                look_into_function(s, at->object);
+            else
+                Py_TYPE(at->object)->tp_traverse(at->object, see_reference, s);
+        }
+        if (!has_found)
+            break;
     }
 }
 
@@ -157,71 +190,125 @@ static bool call(PyObject *object, const char *name, PyObject *argument)
 /* Make unusable what is only referred to by what was seen. Arrays are also made read-only, else they could be filled. */
 static void act(struct search *s)
 {
-    bool has_changed = true;
+    bool has_changed = s->kept != NULL;
     for (int round = 0; round < ROUNDS && has_changed; round++) {
         has_changed = false;
-        for (int i = 0; i < s->n_found; i++) {
-            PyObject *object = s->found[i].object;
-            if (Py_REFCNT(object) != s->found[i].references + 1 || !shows(s, object))
+        for (int i = 0; i < s->n_seen; i++) {
+            PyObject *object = s->seen[i].object;
+            if (!s->seen[i].is_shown || Py_REFCNT(object) != s->seen[i].references + 1 || !shows(s, object))
                 continue;
-            has_changed |= PyMemoryView_Check(object)
-                               ? call(object, "release", NULL)
-                               : call(object, "__setstate__", s->unusable) && call(object, "setflags", Py_False);
+            bool is_array = !PyMemoryView_Check(object);
+            PyObject *base = attribute(object, is_array ? "base" : "obj");
+            if (base == NULL || PyList_Append(s->kept, base) < 0) {
+                Py_XDECREF(base);
+                PyErr_Clear();
+                continue;
+            }
+            if (is_array ? call(object, "__setstate__", s->unusable) && call(object, "setflags", Py_False)
+                         : call(object, "release", NULL))
+                has_changed = true;
+            if (*slot_of(s, base) != 0)
+                s->seen[*slot_of(s, base) - 1].references++; /* that of the list */
+            Py_DECREF(base);
         }
     }
 }
 
-/* The variables of a function. Before CPython 3.13 `locals` is a copy that the frame keeps, as a dict: what is found is
- * deleted from it, so that it doesn't count. And all of it is deleted where nobody else has it, as it would keep what the
- * variables let go of. False: the copy was counted as a container before it was renewed just now. */
-static bool see_variables(struct search *s, PyObject *code, PyObject *locals)
+/* Frames whose variables are to be looked at. Before CPython 3.13 that makes, or renews, a copy of them, which the frame
+ * keeps; so for all of them before anything is counted. */
+static void add_frame(struct search *s, PyObject *frame)
 {
-    static const char *const kinds[] = {"co_cellvars", "co_freevars", "co_varnames"};
-    PyObject *names[3] = {NULL};
-    bool is_copy = PyDict_CheckExact(locals);
-    if (is_copy && !remember(s, locals))
-        return false;
-    s->n_done = s->n_containers;
-    for (int kind = 0; kind < 3 && (names[kind] = attribute(code, kinds[kind])) != NULL; kind++) {
-        for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(names[kind]); i++) {
-            PyObject *name = PyTuple_GET_ITEM(names[kind], i);
-            if (kind == 2 && PySequence_Contains(names[0], name) != 0)
-                continue; /* an argument that functions share */
-            PyObject *value = PyObject_GetItem(locals, name);
-            if (value != NULL)
-                see(s, value, kind < 2);
-            if (value != NULL && is_copy && is_view(s, value) && shows(s, value))
-                PyDict_DelItem(locals, name);
-            Py_XDECREF(value);
+    for (int i = 0; i < s->n_frames; i++)
+        if (s->frames[i] == frame)
+            return;
+    PyObject *locals = s->n_frames < MAX_FRAMES ? attribute(frame, "f_locals") : NULL;
+    if (locals != NULL) {
+        s->frames[s->n_frames] = Py_NewRef(frame);
+        s->locals[s->n_frames++] = locals;
+    }
+}
+
+static void add_callers(struct search *s, PyObject *frame, int most)
+{
+    Py_XINCREF(frame);
+    for (int i = 0; i < most && frame != NULL && frame != Py_None; i++) {
+        add_frame(s, frame);
+        Py_SETREF(frame, attribute(frame, "f_back"));
+    }
+    Py_XDECREF(frame);
+}
+
+static bool is_caller_of(PyObject *frame, PyObject *at)
+{
+    for (Py_XINCREF(at); at != NULL && at != frame;)
+        Py_SETREF(at, attribute(at, "f_back"));
+    Py_XDECREF(at);
+    return at != NULL;
+}
+
+/* The frames that the exception keeps which is being handled, and those before it. */
+static void add_frames_of_errors(struct search *s, PyObject *here)
+{
+    PyObject *type, *error, *trace;
+    PyErr_GetExcInfo(&type, &error, &trace);
+    Py_XDECREF(type);
+    for (int i = 0; i < MAX_ERRORS && error != NULL && PyExceptionInstance_Check(error); i++) {
+        Py_XSETREF(trace, PyException_GetTraceback(error));
+        for (int n = 0; n < MAX_FRAMES && trace != NULL && trace != Py_None; n++) {
+            PyObject *frame = attribute(trace, "tb_frame");
+            if (frame != NULL && (MAX_CALLERS > 1 || frame == here || !is_caller_of(frame, here)))
+                add_frame(s, frame);
+            Py_XDECREF(frame);
+            Py_SETREF(trace, attribute(trace, "tb_next"));
+        }
+        Py_SETREF(error, PyException_GetContext(error));
+    }
+    Py_XDECREF(error);
+    Py_XDECREF(trace);
+}
+
+static const char *const kinds[] = {"co_cellvars", "co_freevars", "co_varnames"};
+
+/* Call `visit` for each variable of a function, by name; once, should a name be of several kinds. */
+static void for_variables(struct search *s, int i, void (*visit)(struct search *s, int i, PyObject *name, bool is_cell))
+{
+    PyObject *code = attribute(s->frames[i], "f_code"), *names[3] = {NULL};
+    for (int kind = 0; code != NULL && kind < 3 && (names[kind] = attribute(code, kinds[kind])) != NULL; kind++)
+        for (Py_ssize_t k = 0; k < PyTuple_GET_SIZE(names[kind]); k++) {
+            PyObject *name = PyTuple_GET_ITEM(names[kind], k);
+            bool is_known = (kind > 0 && PySequence_Contains(names[0], name) != 0) ||
+                            (kind > 1 && PySequence_Contains(names[1], name) != 0);
+            if (!is_known)
+                visit(s, i, name, kind < 2);
             PyErr_Clear(); /* a name without a value */
         }
-    }
     for (int kind = 0; kind < 3; kind++)
         Py_XDECREF(names[kind]);
-    act(s);
-    if (Py_REFCNT(s->memory) > 1)
-        look_into(s);
-    if (is_copy && Py_REFCNT(locals) == 3) /* the frame's, the caller's, and that of s->containers */
-        PyDict_Clear(locals);
-    return true;
+    Py_XDECREF(code);
 }
 
-/* Look at a frame's variables; the frame that called it, a new reference or NULL. */
-static PyObject *see_frame(struct search *s, PyObject *frame)
+static void see_variable(struct search *s, int i, PyObject *name, bool is_cell)
 {
-    PyObject *code = attribute(frame, "f_code"), *locals = attribute(frame, "f_locals");
-    PyObject *flags = code != NULL ? attribute(code, "co_flags") : NULL;
-    bool may_go_on = flags != NULL && locals != NULL;
-    if (may_go_on && PyLong_AsLong(flags) & CO_OPTIMIZED) {
-        may_go_on = see_variables(s, code, locals);
-    } else if (may_go_on) {
-        see(s, locals, false);
-        look_into(s);
-    }
+    PyObject *value = PyObject_GetItem(s->locals[i], name);
+    if (value != NULL)
+        see(s, value, is_cell);
+    Py_XDECREF(value);
+}
+
+static void forget_variable(struct search *s, int i, PyObject *name, bool is_cell)
+{
+    (void)is_cell;
+    PyDict_DelItem(s->locals[i], name);
+}
+
+/* Is it a function's frame, and not that of a module or class, whose variables are a dict? */
+static bool is_function(PyObject *frame)
+{
+    PyObject *code = attribute(frame, "f_code"), *flags = code != NULL ? attribute(code, "co_flags") : NULL;
+    bool is_one = flags != NULL && (PyLong_AsLong(flags) & CO_OPTIMIZED) != 0;
     Py_XDECREF(code);
-    Py_XDECREF(locals);
     Py_XDECREF(flags);
-    return may_go_on ? attribute(frame, "f_back") : NULL;
+    return is_one;
 }
 
 /* What a module has, if that is imported. A new reference, or NULL without an exception. */
@@ -236,44 +323,83 @@ static PyObject *of_module(const char *module_name, const char *name)
     return value;
 }
 
+/* Has this thread a trace or profile function? In its calls the copy of variables isn't only a copy. */
+static bool is_traced(void)
+{
+    PyObject *trace = of_module("sys", "gettrace"), *profile = of_module("sys", "getprofile");
+    Py_XSETREF(trace, trace != NULL ? PyObject_CallNoArgs(trace) : NULL);
+    Py_XSETREF(profile, profile != NULL ? PyObject_CallNoArgs(profile) : NULL);
+    bool is_one = trace != Py_None || profile != Py_None;
+    Py_XDECREF(trace);
+    Py_XDECREF(profile);
+    return is_one;
+}
+
+/* A copy of variables would keep what they let go of. */
+static void forget_copy(struct search *s, int i)
+{
+    if (PyDict_CheckExact(s->locals[i]) && Py_REFCNT(s->locals[i]) == 2 && is_function(s->frames[i]) && !is_traced())
+        for_variables(s, i, forget_variable);
+}
+
 /* Look up what the search needs. An unusable array has no dimensions and holds an object that only raises (views.py). */
-static void prepare(struct search *s)
+static void prepare(struct search *s, PyObject *memory)
 {
     PyObject *over = of_module("shmqueue.views", "OVER"), *dtype = of_module("numpy", "dtype");
     PyObject *objects = dtype != NULL ? PyObject_CallOneArg(dtype, (PyObject *)&PyBaseObject_Type) : NULL;
+    s->memory = memory;
     s->deque_type = of_module("collections", "deque");
+    s->defaultdict_type = of_module("collections", "defaultdict");
     s->array_type = of_module("numpy", "ndarray");
     s->class_traverse = over != NULL ? Py_TYPE(over)->tp_traverse : NULL;
     s->unusable = over != NULL && objects != NULL ? Py_BuildValue("(i()OO[O])", 1, objects, Py_False, over) : NULL;
+    s->kept = PyList_New(0);
+    s->n_frames = s->n_seen = s->n_references = 0;
+    memset(s->slots, 0, sizeof s->slots);
     Py_XDECREF(over);
     Py_XDECREF(dtype);
     Py_XDECREF(objects);
     PyErr_Clear();
 }
 
+static void clean_up(struct search *s)
+{
+    for (int i = 0; i < s->n_seen; i++)
+        Py_DECREF(s->seen[i].object);
+    for (int i = 0; i < s->n_frames; i++) {
+        forget_copy(s, i);
+        Py_DECREF(s->frames[i]);
+        Py_DECREF(s->locals[i]);
+    }
+    Py_XDECREF(s->kept);
+    Py_XDECREF(s->unusable);
+    Py_XDECREF(s->array_type);
+    Py_XDECREF(s->deque_type);
+    Py_XDECREF(s->defaultdict_type);
+}
+
 void views_let_go(PyObject *memory, PyObject *item, PyObject *frame)
 {
-    if (Py_REFCNT(memory) == 1)
+    struct search *s = Py_REFCNT(memory) > 1 ? PyMem_Malloc(sizeof *s) : NULL;
+    if (s == NULL)
         return;
     int had_gc = PyGC_Disable(); /* finalizers are Python code */
-    struct search s = {.memory = memory};
-    prepare(&s);
-    remember(&s, item);
-    look_into(&s);
-    act(&s);
-    Py_XINCREF(frame);
-    for (int i = 0; i < MAX_FRAMES && frame != NULL && frame != Py_None && Py_REFCNT(memory) > 1; i++) {
-        Py_SETREF(frame, see_frame(&s, frame));
-        act(&s);
+    for (int pass = 0; pass < 2 && Py_REFCNT(memory) > 1; pass++) { /* mostly it is the caller's variables alone */
+        prepare(s, memory);
+        if (pass > 0)
+            add_frames_of_errors(s, frame);
+        add_callers(s, frame, pass > 0 ? MAX_CALLERS : 1);
+        see(s, item, false);
+        for (int i = 0; i < s->n_frames; i++) {
+            see(s, s->locals[i], false);
+            if (is_function(s->frames[i]))
+                for_variables(s, i, see_variable);
+        }
+        look_into_containers(s);
+        act(s);
+        clean_up(s);
     }
-    for (int i = 0; i < s.n_found; i++)
-        Py_DECREF(s.found[i].object);
-    for (int i = 0; i < s.n_containers; i++)
-        Py_DECREF(s.containers[i]);
-    Py_XDECREF(frame);
-    Py_XDECREF(s.unusable);
-    Py_XDECREF(s.array_type);
-    Py_XDECREF(s.deque_type);
+    PyMem_Free(s);
     if (had_gc)
         PyGC_Enable();
 }
