@@ -167,7 +167,7 @@ def test_bad_arguments_are_refused(arguments: list[str]) -> None:
     assert arguments[-1] in done.stderr
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_ends_it_and_leaves_nothing(number: int, code: int) -> None:
     command = [*SHMQUEUE, "bench", "dict-1:1", "--seconds", "5", "--against", "none"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -27,13 +27,14 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from threading import BrokenBarrierError
 from typing import Any
 
 import msgpack
 
 from . import __version__, serialization
-from .processes import FORK, Progress, machine, number_from, signals_blocked, sigterm_exits, when_parent_dies
+from .processes import FORK, Progress, machine, number_from, signals_blocked, signals_exit, when_parent_dies
 from .queue import ShmQueue
 
 __all__ = [
@@ -243,6 +244,7 @@ class ShmInPlace(ShmLease):
 class Memcpy(Candidate):
     """No queue but the limit of any: frames copied into shared memory and out of it. Who waits spins."""
 
+    module = "numpy"
     SLOTS = 4
     in_place = False
 
@@ -363,7 +365,8 @@ class HyperQ(_Bytes):
     def __init__(self, workload: Workload) -> None:
         super().__init__(workload)
         self._open = importlib.import_module(self.module).BytesHyperQ
-        self._queue = self._open(workload.room, name=new_name())
+        self._name = new_name()
+        self._queue = self._open(workload.room, name=self._name)
 
     def open(self, number: int, is_producer: bool) -> Port:
         queue, pack, unpack = self._open(self._queue.shm_name), self.pack, self.unpack
@@ -372,6 +375,10 @@ class HyperQ(_Bytes):
         if self.workload.size:
             return Port(lambda item: queue.put(item.tobytes()), lambda: unpack(queue.get()))
         return Port(lambda item: queue.put(pack(item)), lambda: unpack(queue.get()))
+
+    def remove(self) -> None:
+        for left in Path("/dev/shm").glob(f"*{self._name}*"):  # where its users were killed
+            left.unlink(missing_ok=True)
 
 
 class HyperQMsgpack(HyperQ):
@@ -878,7 +885,7 @@ round trips in microseconds; `cpu_us`, CPU time of all workers per item, or roun
 why others couldn't do it.
 
 exit code: 0, or 1 if shmqueue failed at a workload, 2 for arguments that can't do, 130 after Ctrl-C, 143 after
-SIGTERM."""
+SIGTERM, 129 after SIGHUP."""
 
 
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -913,15 +920,17 @@ def _run_command(parser: argparse.ArgumentParser, arguments: argparse.Namespace)
         parser.error(f"no workload {', '.join(unknown)}; there are {', '.join(MAKERS)}")
     against = arguments.against or PEERS
     if "none" in against and len(against) > 1:
-        parser.error("--against none: and which others?")
+        parser.error("--against none: no other queue can be given with it")
     absent = [label for label in PEERS if label in against and not is_installed(CANDIDATES[label])]
+    if not is_installed(Memcpy) and (left_out := [name for name in arguments.workloads if name.startswith("frame")]):
+        parser.error(f"{left_out[0]}: numpy isn't installed; try: {sys.executable} -m pip install numpy")
     if absent and arguments.against:
         parser.error(f"--against {absent[0]}: not installed; try: {sys.executable} -m pip install {absent[0]}")
     progress = Progress(arguments.verbose)
     found: dict[str, Any] = {}
     is_sound = True
     try:
-        with sigterm_exits():
+        with signals_exit():
             if not arguments.json:
                 print(f"shmqueue {__version__}, {machine()}; turns: {arguments.turns}", flush=True)
             for name, workload in workloads(names).items():
@@ -932,9 +941,11 @@ def _run_command(parser: argparse.ArgumentParser, arguments: argparse.Namespace)
                 found[name] = summary(workload, outcomes, failures)
                 if not arguments.json:
                     print(table(workload, found[name]), flush=True)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as error:
         progress.clear()
         print("interrupted; the workers are ended, the queues are removed", file=sys.stderr)
+        if isinstance(error, SystemExit):
+            raise
         return 128 + signal.SIGINT
     if absent:
         print(f"left out, as not installed: {', '.join(absent)}", file=sys.stderr)

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
-__all__ = ["FORK", "Progress", "machine", "number_from", "signals_blocked", "sigterm_exits", "when_parent_dies"]
+__all__ = ["FORK", "Progress", "machine", "number_from", "signals_blocked", "signals_exit", "when_parent_dies"]
 
 FORK = multiprocessing.get_context("fork")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -31,13 +31,17 @@ def when_parent_dies(parent: int, number: int) -> None:
 
 
 @contextmanager
-def sigterm_exits() -> Iterator[None]:
-    """Make SIGTERM an orderly exit, with 143, so that what was begun is ended."""
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+def signals_exit() -> Iterator[None]:
+    """Make SIGTERM and SIGHUP orderly exits, with 143 and 129, so that what was begun is ended. Unless ignored."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN:
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

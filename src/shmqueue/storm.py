@@ -34,7 +34,7 @@ from typing import Any, NoReturn
 
 from . import names
 from .exceptions import ShmQueueException
-from .processes import FORK, Progress, machine, number_from, signals_blocked, sigterm_exits, when_parent_dies
+from .processes import FORK, Progress, machine, number_from, signals_blocked, signals_exit, when_parent_dies
 from .queue import ShmQueue
 
 __all__ = ["Contender", "Ledger", "Notes", "Options", "Report", "Shm", "Storm", "add_command"]
@@ -975,7 +975,7 @@ def _run_command(parser: argparse.ArgumentParser, arguments: argparse.Namespace)
     progress = Progress(arguments.verbose)
     storm = None
     try:
-        with sigterm_exits():
+        with signals_exit():
             storm = Storm(options, AGAINST.get(arguments.against, Shm)(options), progress)
             report = storm.run()
     except ModuleNotFoundError as error:
