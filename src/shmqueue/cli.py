@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import signal
-import sys
 from collections.abc import Sequence
 
 from . import __version__, bench, storm
@@ -32,9 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         code: int = arguments.run(arguments)
-        if sys.stdout is not None:  # as after >&-
-            sys.stdout.flush()
+        print(end="", flush=True)
     except BrokenPipeError:  # whoever reads, like `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the interpreter's own flush
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for the interpreter's own flush
         code = 128 + signal.SIGPIPE
     return code
