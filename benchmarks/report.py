@@ -257,7 +257,7 @@ workload once with every item compared. `shmqueue bench` measures on yours."""
 THROUGHPUT = """\
 Items per second, the spread between the slowest and the fastest turn, and CPU time of all workers per item. Queues of
 bytes only (hyperq, pyzmq, iceoryx2) get dicts packed by ormsgpack, as this queue packs them; "hyperq, msgpack" by
-msgpack. Others pickle. In brackets: no queue, but memory copied to and from between two processes. In
+msgpack. Others pickle. In brackets: no queue, but memory copied by numpy to and from between two processes. In
 `frame-in-place` nothing is copied or written: what remains is the cost of the calls."""
 
 ROUND_TRIPS = """\

@@ -179,7 +179,9 @@ static void look_into_containers(struct search *s)
 static bool call(PyObject *object, const char *name, PyObject *argument)
 {
     PyObject *method = attribute(object, name);
-    PyObject *none = method == NULL ? NULL : argument == NULL ? PyObject_CallNoArgs(method) : PyObject_CallOneArg(method, argument);
+    PyObject *none = NULL;
+    if (method != NULL)
+        none = argument == NULL ? PyObject_CallNoArgs(method) : PyObject_CallOneArg(method, argument);
     if (none == NULL)
         PyErr_Clear(); /* somebody has a view of the view */
     Py_XDECREF(none);
