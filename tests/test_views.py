@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import _thread
 import contextlib
+import ctypes
 import dataclasses
 import gc
 import operator
@@ -552,6 +553,148 @@ def test_what_is_freed_in_the_end_may_take_references(q: ShmQueue[Any]) -> None:
         assert (one.value == IMAGE[10:].reshape(-1)).all()
     arrays.clear()
     shown.clear()
+
+
+class Wrapper:
+    def __init__(self, array: Any) -> None:
+        self.array = array
+
+    @property
+    def __array_interface__(self) -> Any:
+        return self.array.__array_interface__
+
+
+def from_wrapper(array: Any, kept: Any) -> Any:
+    wrapper = Wrapper(array)
+    kept.it = np.asarray(wrapper)
+    return wrapper
+
+
+def from_ctypes(array: Any, kept: Any) -> Any:
+    kept.it = (ctypes.c_uint32 * array.size).from_buffer(array)
+    return kept.it._objects
+
+
+RELIED_ON: list[Callable[[Any, Any], Any]] = [
+    from_wrapper, from_ctypes, lambda array, kept: [from_wrapper(array, kept)],
+    lambda array, kept: {"a": (from_ctypes(array, kept),)}, lambda array, kept: Frame(from_wrapper(array, kept), 1.5),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("make", RELIED_ON)
+def test_who_has_the_address_may_rely_on_a_container(q: ShmQueue[Any], make: Callable[[Any, Any], Any]) -> None:
+    kept = SimpleNamespace()
+    with (  # noqa: PT012
+        pytest.raises(ShmQueueRuntimeError, match="nothing was put"),
+        q.reserve_array(IMAGE.shape, IMAGE.dtype) as item,
+    ):
+        item[...] = IMAGE
+        container = make(item, kept)
+    fill(q)
+    assert (np.asarray(kept.it).reshape(-1) == IMAGE.reshape(-1)).all()
+    assert container is not None
+    q.get_nowait()
+    del item, container, kept
+    gc.collect()
+    assert q.buffer_occupancy() == 0
+
+
+def test_numpys_own_objects_that_keep_an_address(q: ShmQueue[Any]) -> None:
+    q.put(IMAGE)
+    with q.lease(copy=False) as item:
+        c = item.ctypes
+    fill(q)
+    assert c.data_as(ctypes.POINTER(ctypes.c_uint32))[1] == 1
+
+
+@pytest.mark.parametrize("is_apart", [False, True])
+def test_copies_of_variables_that_free_each_other(q: ShmQueue[Any], is_apart: bool) -> None:
+    q.put(IMAGE)
+
+    def outer() -> Any:
+        lease = q.lease(copy=False)
+        x = lease.item
+        shown = addresses(x)
+
+        class Dying:
+            def __del__(self) -> None:
+                nonlocal x
+                x = None
+
+        dying: Any = Dying()
+
+        def other() -> Any:
+            return dying, x
+
+        def end() -> None:
+            assert other is not None
+            if is_apart:
+                assert x is None or x is not None
+            lease.release()
+
+        locals()
+        dying = None
+        end() if is_apart else lease.release()
+        return shown
+
+    shown = outer()
+    fill(q)
+    assert (shown.value == IMAGE.reshape(-1)).all()
+
+
+def test_variables_of_another_thread_that_is_traced_survive(q: ShmQueue[Any]) -> None:
+    q.put(IMAGE)
+    lease = q.lease(copy=False)
+    kept = SimpleNamespace(it=addresses(lease.item))
+    stopped, go_on = threading.Event(), threading.Event()
+    errors: list[Exception] = []
+    totals: list[int] = []
+
+    def work(number: int) -> None:
+        other = number + 1
+        try:
+            raise ValueError
+        except ValueError as error:
+            errors.append(error)
+        third = other + 1
+        totals.append(number + other + third)
+
+    def trace(frame: Any, event: str, _: Any) -> Any:
+        if frame.f_code is work.__code__ and event == "line" and errors and not stopped.is_set():
+            stopped.set()
+            go_on.wait(30)
+        return trace
+
+    def run() -> None:
+        sys.settrace(trace)
+        try:
+            work(5)
+        finally:
+            sys.settrace(None)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    assert stopped.wait(30)
+    try:
+        raise errors[0]
+    except ValueError:
+        lease.release()
+    go_on.set()
+    thread.join()
+    assert totals == [5 + 6 + 7]
+    del kept
+
+
+def test_garbage_collection_stays_off_if_somebody_turns_it_off(q: ShmQueue[Any]) -> None:
+    q.put(IMAGE)
+    lease = q.lease(copy=False)
+    array = np.asarray(Foreign(lease.item, gc.disable))
+    try:
+        lease.release()
+        assert is_unusable(array)
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
 
 
 def test_variables_survive_a_tracer_that_ends_a_lease(q: ShmQueue[Any]) -> None:

@@ -8,7 +8,9 @@
  *
  * Variables are those of the functions that run in this thread, and of those that the exception passed which is being
  * handled. Containers are some types of the interpreter and instances of classes that are written in Python; their
- * references are those that they show the garbage collector, which has to be able to rely on the number.
+ * references are those that they show the garbage collector, which has to be able to rely on the number. A container to
+ * which there is an unknown reference isn't one: whoever has that may rely on what it holds, as a call in C does on the
+ * tuple of its arguments, or an array on an object with an __array_interface__.
  *
  * From the first reference that is counted to the last object that is made unusable, no Python code runs and nothing is
  * freed, so that the numbers hold. */
@@ -26,18 +28,19 @@
 struct seen {
     PyObject *object;
     Py_ssize_t references; /* that are known */
-    bool is_shown, has_cell, was_looked_into;
+    bool is_shown, has_cell, is_root, is_excluded, has_excluded; /* what it refers to */
 };
 
 struct search {
     PyObject *memory, *array_type, *unusable; /* what __setstate__ gets */
-    PyObject *deque_type, *defaultdict_type;
+    PyObject *deque_type, *defaultdict_type, *numpy; /* the last one is a name */
     PyObject *kept;              /* a list of what must not be freed yet */
     traverseproc class_traverse; /* of what a class statement makes */
-    PyObject *frames[MAX_FRAMES], *locals[MAX_FRAMES];
-    int n_frames;
+    PyObject *frames[MAX_FRAMES], *locals[MAX_FRAMES]; /* callers first */
+    int n_callers, n_frames;
+    uintptr_t sum; /* of the addresses that the variables hold */
     struct seen seen[MAX_SEEN]; /* views and containers */
-    int n_seen, n_references;
+    int n_seen, n_done, n_references;
     uint16_t slots[SLOTS]; /* by address: 1 + index in `seen`, or 0 */
 };
 
@@ -85,11 +88,14 @@ static bool shows(const struct search *s, PyObject *object)
     return at != NULL || (is_foreign && is_array && is_inside(s, object));
 }
 
-/* What a class written in Python derives from, in the end. */
+/* What a class written in Python derives from, in the end. NULL: a class of numpy's, some of which keep addresses. */
 static const PyTypeObject *base_in_c(const struct search *s, const PyTypeObject *type)
 {
-    while (type->tp_traverse == s->class_traverse && type->tp_base != NULL)
-        type = type->tp_base;
+    for (; type->tp_traverse == s->class_traverse && type->tp_base != NULL; type = type->tp_base) {
+        PyObject *module = PyDict_GetItemString(type->tp_dict, "__module__");
+        if (module != NULL && PyUnicode_Check(module) && PyUnicode_Tailmatch(module, s->numpy, 0, PY_SSIZE_T_MAX, -1) == 1)
+            return NULL;
+    }
     return type;
 }
 
@@ -104,10 +110,6 @@ static bool is_container(const struct search *s, PyObject *object)
            type == &PyCFunction_Type || type == (PyTypeObject *)s->deque_type ||
            type == (PyTypeObject *)s->defaultdict_type;
 }
-
-/* A call in C relies on the tuple of its arguments, or on the method that is called, to keep the objects in it. So they
- * count as containers only while nobody has them whom we don't know. */
-static bool is_relied_on(PyObject *container) { return PyTuple_Check(container) || PyCFunction_Check(container); }
 
 /* The place of an object in the table, or the empty one where it belongs. */
 static uint16_t *slot_of(struct search *s, PyObject *object)
@@ -136,6 +138,14 @@ static void see(struct search *s, PyObject *object, bool is_cell)
     found->has_cell |= is_cell;
 }
 
+/* What is looked into whoever else refers to it: the item, and variables. */
+static void see_root(struct search *s, PyObject *container)
+{
+    see(s, container, false);
+    if (*slot_of(s, container) != 0)
+        s->seen[*slot_of(s, container) - 1].is_root = true;
+}
+
 static int see_reference(PyObject *object, void *search)
 {
     struct search *s = search;
@@ -143,35 +153,51 @@ static int see_reference(PyObject *object, void *search)
     return ++s->n_references >= MAX_REFERENCES;
 }
 
-/* A function keeps the variables that it shares with others, and its defaults. */
-static void look_into_function(struct search *s, PyObject *function)
+static int exclude_reference(PyObject *object, void *search)
 {
-    PyObject *closure = PyFunction_GET_CLOSURE(function), *defaults = PyFunction_GET_DEFAULTS(function);
-    for (Py_ssize_t i = 0; closure != NULL && i < PyTuple_GET_SIZE(closure); i++)
-        if (PyCell_GET(PyTuple_GET_ITEM(closure, i)) != NULL)
-            see(s, PyCell_GET(PyTuple_GET_ITEM(closure, i)), true);
-    if (defaults != NULL)
-        see(s, defaults, false);
+    struct search *s = search;
+    if (*slot_of(s, object) != 0)
+        s->seen[*slot_of(s, object) - 1].is_excluded = true;
+    return ++s->n_references >= MAX_REFERENCES;
 }
 
-/* Look into the containers that were seen, and those in them. */
+/* Visit what a container refers to. A function keeps the variables that it shares with others, and its defaults. */
+static void visit(struct search *s, PyObject *container, visitproc visitor)
+{
+    if (!PyFunction_Check(container)) {
+        Py_TYPE(container)->tp_traverse(container, visitor, s);
+        return;
+    }
+    PyObject *closure = PyFunction_GET_CLOSURE(container), *defaults = PyFunction_GET_DEFAULTS(container);
+    for (Py_ssize_t i = 0; closure != NULL && i < PyTuple_GET_SIZE(closure); i++) {
+        PyObject *value = PyCell_GET(PyTuple_GET_ITEM(closure, i));
+        if (value != NULL && visitor == see_reference)
+            see(s, value, true);
+        else if (value != NULL)
+            visitor(value, s);
+    }
+    if (defaults != NULL)
+        visitor(defaults, s);
+}
+
+/* Look into the containers that were seen, and those in them; then exclude those to which there is an unknown reference,
+ * and what they refer to. */
 static void look_into_containers(struct search *s)
 {
-    for (int round = 0; round < ROUNDS; round++) {
-        bool has_found = false;
-        for (int i = 0; i < s->n_seen; i++) { /* which grows meanwhile */
+    for (; s->n_done < s->n_seen && s->n_references < MAX_REFERENCES; s->n_done++) /* the table grows meanwhile */
+        if (!is_view(s, s->seen[s->n_done].object))
+            visit(s, s->seen[s->n_done].object, see_reference);
+    for (bool has_changed = true; has_changed;) {
+        has_changed = false;
+        for (int i = 0; i < s->n_done; i++) {
             struct seen *at = &s->seen[i];
-            if (at->was_looked_into || is_view(s, at->object) || s->n_references >= MAX_REFERENCES ||
-                (is_relied_on(at->object) && Py_REFCNT(at->object) != at->references + 1))
+            if (is_view(s, at->object) || at->is_root || at->has_excluded ||
+                (!at->is_excluded && Py_REFCNT(at->object) == at->references + 1))
                 continue;
-            at->was_looked_into = has_found = true;
-            if (PyFunction_Check(at->object))
-                look_into_function(s, at->object);
-            else
-                Py_TYPE(at->object)->tp_traverse(at->object, see_reference, s);
+            at->has_excluded = has_changed = true;
+            s->n_references = 0;
+            visit(s, at->object, exclude_reference);
         }
-        if (!has_found)
-            break;
     }
 }
 
@@ -197,7 +223,7 @@ static void act(struct search *s)
         has_changed = false;
         for (int i = 0; i < s->n_seen; i++) {
             PyObject *object = s->seen[i].object;
-            if (!s->seen[i].is_shown || Py_REFCNT(object) != s->seen[i].references + 1 || !shows(s, object))
+            if (!s->seen[i].is_shown || s->seen[i].is_excluded || Py_REFCNT(object) != s->seen[i].references + 1 || !shows(s, object))
                 continue;
             bool is_array = !PyMemoryView_Check(object);
             PyObject *base = attribute(object, is_array ? "base" : "obj");
@@ -289,12 +315,21 @@ static void for_variables(struct search *s, int i, void (*visit)(struct search *
     Py_XDECREF(code);
 }
 
+static void add_variable(struct search *s, int i, PyObject *name, bool is_cell)
+{
+    (void)is_cell;
+    PyObject *value = PyObject_GetItem(s->locals[i], name);
+    s->sum = s->sum * 31 + (uintptr_t)value;
+    Py_XDECREF(value);
+}
+
 static void see_variable(struct search *s, int i, PyObject *name, bool is_cell)
 {
     PyObject *value = PyObject_GetItem(s->locals[i], name);
     if (value != NULL)
         see(s, value, is_cell);
     Py_XDECREF(value);
+    add_variable(s, i, name, is_cell);
 }
 
 static void forget_variable(struct search *s, int i, PyObject *name, bool is_cell)
@@ -337,7 +372,22 @@ static bool is_traced(void)
     return is_one;
 }
 
-/* A copy of variables would keep what they let go of. */
+/* Have the copies of variables, which were made one after the other, been those of one instant? Making one frees what an
+ * older one kept, and that may run any code. */
+static bool are_of_one_instant(struct search *s)
+{
+    uintptr_t sum = s->sum;
+    s->sum = 0;
+    for (int i = 0; i < s->n_frames; i++)
+        if (is_function(s->frames[i])) {
+            PyObject *again = attribute(s->frames[i], "f_locals");
+            Py_XDECREF(again); /* before CPython 3.13 the same dict */
+            for_variables(s, i, add_variable);
+        }
+    return s->sum == sum;
+}
+
+/* A copy of variables would keep what they let go of. A caller's: no other thread is at work there. */
 static void forget_copy(struct search *s, int i)
 {
     if (PyDict_CheckExact(s->locals[i]) && Py_REFCNT(s->locals[i]) == 2 && is_function(s->frames[i]) && !is_traced())
@@ -356,7 +406,9 @@ static void prepare(struct search *s, PyObject *memory)
     s->class_traverse = over != NULL ? Py_TYPE(over)->tp_traverse : NULL;
     s->unusable = over != NULL && objects != NULL ? Py_BuildValue("(i()OO[O])", 1, objects, Py_False, over) : NULL;
     s->kept = PyList_New(0);
-    s->n_frames = s->n_seen = s->n_references = 0;
+    s->numpy = PyUnicode_InternFromString("numpy");
+    s->n_callers = s->n_frames = s->n_seen = s->n_done = s->n_references = 0;
+    s->sum = 0;
     memset(s->slots, 0, sizeof s->slots);
     Py_XDECREF(over);
     Py_XDECREF(dtype);
@@ -369,7 +421,8 @@ static void clean_up(struct search *s)
     for (int i = 0; i < s->n_seen; i++)
         Py_DECREF(s->seen[i].object);
     for (int i = 0; i < s->n_frames; i++) {
-        forget_copy(s, i);
+        if (i < s->n_callers)
+            forget_copy(s, i);
         Py_DECREF(s->frames[i]);
         Py_DECREF(s->locals[i]);
     }
@@ -378,6 +431,7 @@ static void clean_up(struct search *s)
     Py_XDECREF(s->array_type);
     Py_XDECREF(s->deque_type);
     Py_XDECREF(s->defaultdict_type);
+    Py_XDECREF(s->numpy);
 }
 
 void views_let_go(PyObject *memory, PyObject *item, PyObject *frame)
@@ -385,25 +439,27 @@ void views_let_go(PyObject *memory, PyObject *item, PyObject *frame)
     struct search *s = Py_REFCNT(memory) > 1 ? PyMem_Malloc(sizeof *s) : NULL;
     if (s == NULL)
         return;
-    int had_gc = PyGC_Disable(); /* finalizers are Python code */
     for (int pass = 0; pass < 2 && Py_REFCNT(memory) > 1; pass++) { /* mostly it is the caller's variables alone */
+        int had_gc = PyGC_Disable(); /* finalizers are Python code */
         prepare(s, memory);
+        add_callers(s, frame, pass > 0 ? MAX_CALLERS : 1);
+        s->n_callers = s->n_frames;
         if (pass > 0)
             add_frames_of_errors(s, frame);
-        add_callers(s, frame, pass > 0 ? MAX_CALLERS : 1);
-        see(s, item, false);
+        see_root(s, item);
         for (int i = 0; i < s->n_frames; i++) {
-            see(s, s->locals[i], false);
+            see_root(s, s->locals[i]);
             if (is_function(s->frames[i]))
                 for_variables(s, i, see_variable);
         }
         look_into_containers(s);
-        act(s);
+        if (are_of_one_instant(s))
+            act(s);
+        if (had_gc)
+            PyGC_Enable();
         clean_up(s);
     }
     PyMem_Free(s);
-    if (had_gc)
-        PyGC_Enable();
 }
 
 PyObject *views_end_reservation(PyObject *Py_UNUSED(module), PyObject *args)
