@@ -18,7 +18,7 @@
 
 #define MAX_SEEN 4096 /* objects */
 #define SLOTS (2 * MAX_SEEN)
-#define MAX_REFERENCES 50000 /* of all containers; about a millisecond */
+#define MAX_EFFORT 1000000 /* about two milliseconds */
 #define MAX_FRAMES 100
 #define MAX_ERRORS 10 /* that came of each other */
 #define ROUNDS 8      /* what is unusable lets go of its base, which then may be too */
@@ -40,7 +40,7 @@ struct search {
     int n_callers, n_frames;
     uintptr_t sum; /* of the addresses that the variables hold */
     struct seen seen[MAX_SEEN]; /* views and containers */
-    int n_seen, n_done, n_references;
+    int n_seen, n_done, effort;
     uint16_t slots[SLOTS]; /* by address: 1 + index in `seen`, or 0 */
 };
 
@@ -146,11 +146,18 @@ static void see_root(struct search *s, PyObject *container)
         s->seen[*slot_of(s, container) - 1].is_root = true;
 }
 
+/* Most objects are no containers, which costs little to find out. */
+static int makes_tired(struct search *s, PyObject *object)
+{
+    s->effort += PyObject_IS_GC(object) ? 16 : 1;
+    return s->effort >= MAX_EFFORT;
+}
+
 static int see_reference(PyObject *object, void *search)
 {
     struct search *s = search;
     see(s, object, false);
-    return ++s->n_references >= MAX_REFERENCES;
+    return makes_tired(s, object);
 }
 
 static int exclude_reference(PyObject *object, void *search)
@@ -158,7 +165,7 @@ static int exclude_reference(PyObject *object, void *search)
     struct search *s = search;
     if (*slot_of(s, object) != 0)
         s->seen[*slot_of(s, object) - 1].is_excluded = true;
-    return ++s->n_references >= MAX_REFERENCES;
+    return makes_tired(s, object);
 }
 
 /* Visit what a container refers to. A function keeps the variables that it shares with others, and its defaults. */
@@ -180,13 +187,17 @@ static void visit(struct search *s, PyObject *container, visitproc visitor)
         visitor(defaults, s);
 }
 
-/* Look into the containers that were seen, and those in them; then exclude those to which there is an unknown reference,
- * and what they refer to. */
+/* Look into the containers that were seen, and those in them. */
 static void look_into_containers(struct search *s)
 {
-    for (; s->n_done < s->n_seen && s->n_references < MAX_REFERENCES; s->n_done++) /* the table grows meanwhile */
+    for (; s->n_done < s->n_seen && s->effort < MAX_EFFORT; s->n_done++) /* the table grows meanwhile */
         if (!is_view(s, s->seen[s->n_done].object))
             visit(s, s->seen[s->n_done].object, see_reference);
+}
+
+/* Exclude containers to which there is an unknown reference, and what they refer to. */
+static void exclude_containers(struct search *s)
+{
     for (bool has_changed = true; has_changed;) {
         has_changed = false;
         for (int i = 0; i < s->n_done; i++) {
@@ -195,7 +206,7 @@ static void look_into_containers(struct search *s)
                 (!at->is_excluded && Py_REFCNT(at->object) == at->references + 1))
                 continue;
             at->has_excluded = has_changed = true;
-            s->n_references = 0;
+            s->effort = 0;
             visit(s, at->object, exclude_reference);
         }
     }
@@ -407,7 +418,7 @@ static void prepare(struct search *s, PyObject *memory)
     s->unusable = over != NULL && objects != NULL ? Py_BuildValue("(i()OO[O])", 1, objects, Py_False, over) : NULL;
     s->kept = PyList_New(0);
     s->numpy = PyUnicode_InternFromString("numpy");
-    s->n_callers = s->n_frames = s->n_seen = s->n_done = s->n_references = 0;
+    s->n_callers = s->n_frames = s->n_seen = s->n_done = s->effort = 0;
     s->sum = 0;
     memset(s->slots, 0, sizeof s->slots);
     Py_XDECREF(over);
@@ -447,12 +458,14 @@ void views_let_go(PyObject *memory, PyObject *item, PyObject *frame)
         if (pass > 0)
             add_frames_of_errors(s, frame);
         see_root(s, item);
+        look_into_containers(s);
         for (int i = 0; i < s->n_frames; i++) {
             see_root(s, s->locals[i]);
             if (is_function(s->frames[i]))
                 for_variables(s, i, see_variable);
         }
         look_into_containers(s);
+        exclude_containers(s);
         if (are_of_one_instant(s))
             act(s);
         if (had_gc)
