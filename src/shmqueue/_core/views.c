@@ -339,8 +339,8 @@ static void see_variable(struct search *s, int i, PyObject *name, bool is_cell)
     PyObject *value = PyObject_GetItem(s->locals[i], name);
     if (value != NULL)
         see(s, value, is_cell);
+    s->sum = s->sum * 31 + (uintptr_t)value;
     Py_XDECREF(value);
-    add_variable(s, i, name, is_cell);
 }
 
 static void forget_variable(struct search *s, int i, PyObject *name, bool is_cell)
